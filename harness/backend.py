@@ -1,0 +1,150 @@
+"""Backends: what a kernel author writes, where they are found, and what they may answer.
+
+A backend is any object (or class without constructor arguments) with
+
+    name        str
+    devices     the devices it runs on, a set of "cpu", "cuda", "xpu"
+    prepare(problem, layer)   returns call(hidden_states, topk_weights, topk_ids, out=None) -> Tensor [T, K]
+
+and, if it wants,
+
+    available()           None, or one line: why it cannot be used here (a package is missing)
+    supports(problem)     None, or "<keyword>: reason" with a keyword of UNSUPPORTED
+    plans(problem)        its rounding plans, a list of dicts (reference/plan.py); undeclared: a set of usual ones is tried
+    interpreted           True for Triton kernels: on the CPU they need Triton's interpreter
+    expected_launches(problem)   (required, forbidden): sets of substrings of kernel names, checked against the trace
+
+No import from here is needed. prepare() gets the layer's tensors on the device (`Layer`): it may keep the layer, not
+the tensors, because scenarios replace them between calls.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from dataclasses import dataclass
+from typing import Any, Iterable
+
+import torch
+
+from harness import device as devices
+from harness.device import Device
+from harness.problem import Problem
+
+#: The only reasons for not running; every skip begins with one of these words.
+UNSUPPORTED = (
+    "dtype", "quant", "activation", "bias", "expert_map", "invalid_ids", "router_weight_on_input", "layout", "shape",
+    "shared_experts", "scenario", "fill", "device", "package", "memory",
+)  # fmt: skip
+
+BUILTIN = (
+    "kernels.triton.backend:TritonMoE",
+    "kernels.triton.backend:TritonAlignedMoE",
+    "kernels.triton.backend:TritonPermuteMoE",
+    "kernels.cached:TritonCachedMoE",
+    "kernels.grouped:GroupedMM",
+    "kernels.upstream.transformers:Eager",
+    "kernels.upstream.transformers:BatchedMM",
+    "kernels.upstream.transformers:GroupedMM",
+)
+ENTRY_POINTS = "moe_harness.backends"
+
+
+class BackendError(Exception):
+    """A backend that cannot be found, or breaks the protocol; the message says how to mend it."""
+
+
+@dataclass
+class Layer:
+    """What a serving engine's MoE module holds. Scenarios assign to its fields between calls.
+
+    layout "nk": w13 [E, 2I, K] (gate rows, then up rows; swigluoai interleaves them; relu2: [E, I, K]) and w2 [E, K, I];
+    layout "kn": w13 [E, K, 2I] and w2 [E, I, K], with block scales transposed likewise. E counts local experts.
+    Scales are float32: weights [E], [E, N] or [E, ceil(N/128), ceil(K/128)]; static activation scales [1].
+    Biases [E, 2I] and [E, K] in the dtype of hidden_states. expert_map int32 [num_experts] -> local expert or -1.
+    """
+
+    problem: Problem
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    a13_scale: torch.Tensor | None = None
+    a2_scale: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+
+def load(spec: str) -> Any:
+    """The backend that "package.module:object" names, or that is registered under a plain name."""
+    if ":" not in spec:
+        known = {b.name: b for b in installed()}
+        if spec not in known:
+            raise BackendError(f"--backend {spec}: no such backend; known: {', '.join(known)}, or package.module:object")
+        return known[spec]
+    module, _, attribute = spec.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise BackendError(f"--backend {spec}: {error}; run from where the module can be imported") from error
+    except AttributeError as error:
+        raise BackendError(f"--backend {spec}: module {module} has no {attribute!r}") from error
+    backend = found() if inspect.isclass(found) else found
+    for name, kind in (("name", "a string"), ("devices", "a set of device names"), ("prepare", "a method")):
+        if not hasattr(backend, name):
+            raise BackendError(f"--backend {spec}: it has no attribute {name!r} ({kind}); see docs/your-kernel.md")
+    strange = set(backend.devices) - set(devices.DEVICES)
+    if strange:
+        raise BackendError(f"--backend {spec}: devices={strange}; valid: {', '.join(devices.DEVICES)}")
+    return backend
+
+
+_installed: list[Any] = []
+
+
+def installed() -> list[Any]:
+    """The built-in backends and those that installed packages declare under the entry point group."""
+    if not _installed:
+        declared = [e.value for e in importlib.metadata.entry_points(group=ENTRY_POINTS)]
+        _installed.extend(load(spec) for spec in (*BUILTIN, *declared))
+    return list(_installed)
+
+
+def unavailable(backend: Any, device: Device) -> str | None:
+    """None, or the one reason why this backend cannot run on this device here: "<keyword>: text"."""
+    if device.name not in backend.devices:
+        return f"device: {backend.name} declares {', '.join(sorted(backend.devices))}"
+    if getattr(backend, "interpreted", False):
+        if device.interprets_triton and not devices.interpreting():
+            return "device: Triton is compiled in this process; its interpreter needs one without a GPU (-m cpu)"
+        if device.interprets_triton:
+            from harness import interpreter
+
+            if reason := interpreter.usable():
+                return f"package: {reason}"
+    reason = backend.available() if hasattr(backend, "available") else None
+    return f"package: {reason}" if reason else None
+
+
+def unsupported(backend: Any, problem: Problem, device: Device) -> str | None:
+    """None, or the backend's declared reason, checked to begin with a keyword of UNSUPPORTED."""
+    if not hasattr(backend, "supports"):
+        return None
+    takes_device = "device" in inspect.signature(backend.supports).parameters
+    reason = backend.supports(problem, device=device.name) if takes_device else backend.supports(problem)
+    if reason is not None and reason.partition(":")[0] not in UNSUPPORTED:
+        raise BackendError(
+            f"{backend.name}.supports() answered {reason!r}; a reason begins with one of: {', '.join(UNSUPPORTED)}"
+        )
+    return reason
+
+
+def select(specs: Iterable[str]) -> list[Any]:
+    """The backends that --backend named, or all that are installed."""
+    wanted = list(specs)
+    return [load(spec) for spec in wanted] if wanted else installed()

@@ -1,0 +1,123 @@
+"""Everything that differs between devices: which are here, how they are named, synchronised and asked for health.
+
+"cpu" is always here; Triton kernels run there through Triton's interpreter. "xpu" without an XPU can be emulated: its
+contract (layouts, cached instance, W8A16 plan) is then run on CPU tensors by the interpreter, and marked as emulated.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from reference.plan import Accumulator
+
+DEVICES = ("cpu", "cuda", "xpu")
+
+
+class DeviceLost(RuntimeError):
+    """The device no longer answers: nothing that runs in this process from now on would mean anything."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A place to run: its name in markers and results, and the torch device that its tensors live on."""
+
+    name: str
+    emulated: bool = False
+
+    @property
+    def torch(self) -> torch.device:
+        return torch.device("cpu" if self.emulated or self.name == "cpu" else f"{self.name}:0")
+
+    @property
+    def interprets_triton(self) -> bool:
+        return self.torch.type == "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.name} (emulated)" if self.emulated else self.name
+
+    def synchronize(self) -> None:
+        """Wait for everything queued; DeviceLost if the device reports an error that no later call can recover from."""
+        if self.torch.type == "cpu":
+            return
+        try:
+            _module(self.name).synchronize()
+        except RuntimeError as error:
+            raise DeviceLost(f"{self.name} does not answer any more: {str(error).splitlines()[0]}") from error
+
+    def memory_bytes(self) -> int:
+        """Free memory for tensors, in bytes."""
+        if self.torch.type == "cpu":
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        return int(_module(self.name).mem_get_info()[0])
+
+    def accumulator(self, operand: str) -> Accumulator:
+        """How this device's matrix units add up products of `operand` ("e4m3", "bf16", ...).
+
+        Hopper's fp8 tensor cores align products to the largest one and keep 13 fraction bits (measured here on an H200;
+        also arXiv:2412.19437, section 3.3.2); kernels that promote every 128 products to float32 bound that loss.
+        """
+        if self.torch.type == "cuda" and operand == "e4m3" and torch.cuda.get_device_capability()[0] == 9:
+            return Accumulator(bits=13, depth=32, promote=128)
+        return Accumulator()
+
+
+def _module(name: str):
+    return getattr(torch, name)
+
+
+def present() -> tuple[str, ...]:
+    """Names of the devices on this machine."""
+    return tuple(n for n in DEVICES if n == "cpu" or (hasattr(torch, n) and _module(n).is_available()))
+
+
+def why_absent(name: str) -> str:
+    """One line: what is missing for this device."""
+    if name == "cuda" and torch.version.cuda is None:
+        return f"no CUDA device: this torch ({torch.__version__}) is built without CUDA"
+    if name == "xpu" and not torch.xpu._is_compiled():
+        return f"no XPU: this torch ({torch.__version__}) is built without XPU"
+    return f"no {name.upper()} device: torch.{name}.is_available() is False (driver missing, or no such device)"
+
+
+def environment(device: Device) -> dict[str, str]:
+    """What a result depends on besides the code: written into every record."""
+    import triton
+
+    found = {
+        "device": str(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "host": platform.machine(),
+    }
+    if device.torch.type != "cpu":
+        found["device_name"] = _module(device.name).get_device_name()
+    if device.torch.type == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    return found
+
+
+def start(devices: set[str]) -> None:
+    """Get the process ready for these devices, before any kernel is imported.
+
+    Triton decides when a kernel is defined whether it is compiled or interpreted. A process that is to use a GPU
+    compiles; one that is to use none interprets, with the interpreter's arithmetic mended.
+    """
+    if devices & set(present()) - {"cpu"}:
+        return
+    if "kernels.triton.gemm" in sys.modules and not os.environ.get("TRITON_INTERPRET"):
+        raise RuntimeError("kernels were imported before the device was chosen: call harness.device.start first")
+    from harness import interpreter
+
+    interpreter.enable()
+
+
+def interpreting() -> bool:
+    """Whether this process runs Triton kernels through the interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,204 @@
+"""Triton's CPU interpreter, mended: correct bf16 and fp8 arithmetic, and fewer Python calls per operation.
+
+TRITON_INTERPRET=1 makes @triton.jit kernels run on CPU tensors, operation by operation in numpy. bf16 and fp8 are no
+numpy types: Triton keeps their bits in unsigned integers, converts float32 to bf16 by truncation, gets fp8 wrong at
+ties, in subnormals and beyond the largest value, and multiplies the *bits* of bf16 matrices in tl.dot. All of that
+happens in a few methods of one class, which `enable` replaces:
+
+    conversions      exact to float32, then rounded once to nearest even (ml_dtypes); fp8 saturates, see `encode`
+    tl.dot           operands exact in float32, products summed in float32
+    bf16 operators   computed in float32, rounded to bf16, which is what a GPU does
+
+Kernels know nothing of this module.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+
+import ml_dtypes
+import numpy as np
+import torch
+
+_STORED_AS_BITS = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp8e4nv": np.dtype(ml_dtypes.float8_e4m3fn),
+    "fp8e5": np.dtype(ml_dtypes.float8_e5m2),
+}
+_LARGEST = {"fp8e4nv": 448.0, "fp8e5": 57344.0}
+_enabled = False
+tl = None  #: triton.language, once `enable` has imported it: `_probe` finds it here as a kernel finds its imports
+
+
+def enable() -> None:
+    """Make this process interpret Triton kernels, with the mends. Any number of calls.
+
+    Sets TRITON_INTERPRET=1. RuntimeError if Triton was imported without it: its standard library is then compiled
+    functions that interpreted kernels cannot call.
+    """
+    global _enabled, tl
+    if _enabled:
+        return
+    if "triton.language" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("Triton is already imported for compilation: call harness.interpreter.enable() before that")
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language
+    from triton.runtime import interpreter
+
+    tl = triton.language
+    _mend_arithmetic(interpreter)
+    _mend_speed(interpreter)
+    _enabled = True
+
+
+@functools.cache
+def usable() -> str | None:
+    """None, or one line: why Triton kernels cannot be interpreted here (triton 3.6 breaks with numpy 2.4, say)."""
+    try:
+        enable()
+        import triton
+
+        out = torch.zeros(4, dtype=torch.int32)
+        triton.jit(_probe)[(1,)](out, 3, BLOCK=4)
+        if out.tolist() != [3, 4, 5, 6]:
+            return f"Triton's interpreter (triton {triton.__version__}) adds wrongly: {out.tolist()}"
+    except Exception as error:
+        versions = f"triton {_version('triton')}, numpy {np.__version__}"
+        return f"Triton's interpreter fails here ({versions}): {type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _probe(out, n, BLOCK: tl.constexpr):
+    # Loops over a runtime bound: the construct that newer numpy versions broke.
+    total = tl.arange(0, BLOCK)
+    for _ in range(0, n):
+        total += 1
+    tl.store(out + tl.arange(0, BLOCK), total)
+
+
+def decode(data: np.ndarray, dtype) -> np.ndarray:
+    """The numbers in an interpreter array of Triton dtype: bf16 and fp8 bits become float32, exactly."""
+    held = _STORED_AS_BITS.get(dtype.name)
+    return data if held is None else np.ascontiguousarray(data).view(held).astype(np.float32)
+
+
+def encode(numbers: np.ndarray, dtype) -> np.ndarray:
+    """Numbers -> the interpreter's array for Triton dtype, rounded to nearest even.
+
+    fp8 saturates like cvt.rn.satfinite on Hopper: beyond 448 (e4m3) or 57344 (e5m2), infinities included, to that
+    value; NaN stays NaN.
+    """
+    from triton.runtime.interpreter import _get_np_dtype
+
+    held = _STORED_AS_BITS.get(dtype.name)
+    if held is None:
+        return numbers.astype(_get_np_dtype(dtype))
+    # float64 (no kernel here has it) would round twice; every narrower type widens exactly.
+    numbers = numbers.astype(np.float32)
+    if dtype.name in _LARGEST:
+        numbers = np.clip(numbers, -_LARGEST[dtype.name], _LARGEST[dtype.name])  # clip keeps NaN
+    return numbers.astype(held).view(_get_np_dtype(dtype))
+
+
+def _mend_arithmetic(interpreter) -> None:
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    convert_as_shipped = interpreter._convert_float
+    towards_zero = interpreter._ir.ROUNDING_MODE.RTZ
+    known = {*_STORED_AS_BITS, "fp16", "fp32", "fp64"}
+
+    def cast_impl(self, src, dst_type):
+        src_type, dst_type = src.dtype.scalar, dst_type.scalar
+        with np.errstate(all="ignore"):  # overflow to infinity is a result, not a mishap
+            return handle(encode(decode(src.data, src_type), dst_type), dst_type)
+
+    def convert_float(data, src_type, dst_type, rounding_mode):
+        # Returns bits: callers take a view of the type they need.
+        if rounding_mode == towards_zero or not {src_type.name, dst_type.name} <= known:
+            return convert_as_shipped(data, src_type, dst_type, rounding_mode)
+        with np.errstate(all="ignore"):
+            converted = encode(decode(data, src_type), dst_type)
+        return converted.view(f"uint{dst_type.primitive_bitwidth}")
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if not a.dtype.scalar.is_floating():
+            return dot_as_shipped(self, a, b, d, input_precision, max_num_imprecise_acc)
+        wide = np.float64 if d.data.dtype == np.float64 else np.float32
+        a_data = decode(a.data, a.dtype.scalar).astype(wide, copy=False)
+        b_data = decode(b.data, b.dtype.scalar).astype(wide, copy=False)
+        with np.errstate(all="ignore"):
+            total = np.matmul(a_data, b_data) + decode(d.data, d.dtype.scalar)
+        return handle(encode(total, d.dtype.scalar), d.dtype.scalar)
+
+    dot_as_shipped = builder.create_dot
+    builder.cast_impl = cast_impl
+    builder.create_dot = create_dot
+    interpreter._convert_float = convert_float
+    for name in ("binary_op", "unary_op", "ternary_op"):
+        setattr(builder, name, _through_float32(getattr(builder, name), handle))
+
+
+def _through_float32(operator, handle):
+    """An InterpreterBuilder operator (self, *operands, numpy function) that computes on numbers, not on bf16 bits."""
+
+    def wrapped(self, *args):
+        *operands, function = args
+        dtype = operands[-1].dtype.scalar
+        if dtype.name not in _STORED_AS_BITS or function is np.where:  # a selection of bits is a selection of numbers
+            with np.errstate(all="ignore"):
+                return operator(self, *args)
+        with np.errstate(all="ignore"):
+            result = function(*(decode(x.data, x.dtype.scalar) for x in operands))
+        return handle(result if result.dtype == bool else encode(result, dtype), dtype)
+
+    return wrapped
+
+
+def _mend_speed(interpreter) -> None:
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+
+    def create_erf(self, arg):
+        # Shipped: one Python call per element.
+        exact = torch.erf(torch.from_numpy(np.array(arg.data, dtype=np.float64))).numpy()
+        return handle(exact.astype(arg.data.dtype), arg.dtype.scalar)
+
+    builder.create_erf = create_erf
+    # Shipped: every integer addition and product is repeated in int64 for an assertion that only debug mode evaluates.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    # Shipped: a dictionary of all types is built to look one up.
+    numpy_type_as_shipped = interpreter._get_np_dtype
+    numpy_types: dict[str, np.dtype] = {}
+
+    def get_np_dtype(dtype):
+        scalar = dtype.scalar
+        if scalar.is_ptr():
+            return np.dtype(np.uint64)
+        if scalar.name not in numpy_types:
+            numpy_types[scalar.name] = numpy_type_as_shipped(scalar)
+        return numpy_types[scalar.name]
+
+    interpreter._get_np_dtype = get_np_dtype
+    # Shipped: triton.language is patched anew, attribute by attribute, at every launch and for every call of one
+    # @triton.jit function by another. A process with TRITON_INTERPRET=1 compiles nothing, so patching once will do.
+    patch_language = interpreter._patch_lang
+    patched: set[int] = set()
+
+    class KeepPatched:
+        def restore(self):
+            pass
+
+    def patch_once(fn):
+        namespaces = {id(m) for m in fn.__globals__.values() if m is tl or m is tl.core}
+        if not namespaces <= patched:
+            patch_language(fn)
+            patched.update(namespaces)
+        return KeepPatched()
+
+    interpreter._patch_lang = patch_once
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

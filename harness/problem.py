@@ -1,0 +1,240 @@
+"""What is computed (Problem), how it is asked (Case), and the one text line that is both: the descriptor.
+
+A descriptor is a list of tokens joined by "-". It is the case id, the pytest id and the line that reproduces a failure:
+
+    t16-h256-i128-e8-k2-bf16-e4m3.block.group-kn-skewed-exact-s3-swap.copy_
+
+The five sizes and the dtype come first; every other token may be left out, and then has its default. `GRAMMAR` below is
+the whole language: parsing, printing and the error for a wrong token are all read off it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Any, Callable
+
+DTYPES = ("bf16", "fp16", "fp32")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
+LAYOUTS = ("nk", "kn")
+WEIGHT_FORMATS = ("e4m3", "e5m2")
+WEIGHT_GRANULARITIES = ("tensor", "channel", "block")
+ACTIVATION_GRANULARITIES = ("none", "static", "tensor", "token", "group")
+ROUTINGS = ("uniform", "balanced", "skewed", "one", "half", "duplicate", "invalid", "nobody", "remote")
+FILLS = ("exact", "random", "extreme")
+BLOCK = 128  #: fp8 blocks are 128x128 (weights) and 1x128 (activations)
+
+
+class DescriptorError(ValueError):
+    """A descriptor or a Problem that makes no sense; the message names the field, the value and what is valid."""
+
+
+@dataclass(frozen=True)
+class Quant:
+    """An fp8 scheme: weight format and granularity, and how activations are quantized (always e4m3).
+
+    weight: "tensor" (scale [E]), "channel" ([E, N]) or "block" ([E, ceil(N/128), ceil(K/128)]).
+    activation: None (W8A16), "tensor_static", "tensor" (dynamic, over all rows), "token" or "group" (1x128).
+    """
+
+    weight_format: str
+    weight: str
+    activation: str | None
+
+    def __str__(self) -> str:
+        named = {None: "none", "tensor_static": "static"}.get(self.activation, self.activation)
+        return f"{self.weight_format}.{self.weight}.{named}"
+
+    @classmethod
+    def parse(cls, text: str) -> Quant:
+        fmt, weight, activation = text.split(".")
+        return cls(fmt, weight, {"none": None, "static": "tensor_static"}.get(activation, activation))
+
+
+@dataclass(frozen=True)
+class ExpertParallel:
+    """This rank's share of the experts: `rank` of `size`, in contiguous runs or dealt out in turn (`strided`)."""
+
+    size: int
+    rank: int
+    strided: bool = False
+
+    def __str__(self) -> str:
+        return f"ep{self.size}.{self.rank}{'s' if self.strided else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> ExpertParallel:
+        size, rank = text[2:].rstrip("s").split(".")
+        return cls(int(size), int(rank), text.endswith("s"))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is computed. Sizes count elements; see `GRAMMAR` for the tokens. Frozen, validated, hashable."""
+
+    tokens: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    dtype: str
+    quant: Quant | None = None
+    activation: str = "silu"
+    limit: float | None = None
+    bias: bool = False
+    router_weight_on_input: bool = False
+    layout: str = "nk"
+    ep: ExpertParallel | None = None
+    shared_experts: int = 0
+    ids: int = 32
+    padded: bool = False
+    routing: str = "uniform"
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, name: str, valid: str) -> None:
+            if not condition:
+                raise DescriptorError(f"{name}={getattr(self, name)}: {valid}")
+
+        require(self.tokens >= 0, "tokens", "must be 0 or more")
+        for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
+            require(getattr(self, name) >= 1, name, "must be 1 or more")
+        require(self.top_k <= self.num_experts, "top_k", f"at most num_experts={self.num_experts}")
+        require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
+        require(self.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}")
+        require(self.layout in LAYOUTS, "layout", f"one of {', '.join(LAYOUTS)}")
+        require(self.routing in ROUTINGS, "routing", f"one of {', '.join(ROUTINGS)}")
+        require(self.limit is None or self.limit > 0, "limit", "must be positive")
+        require(self.limit is None or self.activation != "relu2", "limit", "relu2 has no gate to clamp")
+        one_slot = self.top_k == 1 or not self.router_weight_on_input
+        require(one_slot, "router_weight_on_input", f"defined for top_k=1 only, not top_k={self.top_k}")
+        if self.quant:
+            known = (
+                self.quant.weight_format in WEIGHT_FORMATS
+                and self.quant.weight in WEIGHT_GRANULARITIES
+                and self.quant.activation in (None, "tensor_static", "tensor", "token", "group")
+            )
+            require(known, "quant", f"<{'|'.join(WEIGHT_FORMATS)}>.<{'|'.join(WEIGHT_GRANULARITIES)}>.<none|...>")
+            require(self.dtype != "fp32", "quant", "fp8 weights go with bf16 or fp16 activations")
+        if self.ep:
+            fits = self.ep.size >= 1 and self.num_experts % self.ep.size == 0 and 0 <= self.ep.rank < self.ep.size
+            require(fits, "ep", f"size must divide num_experts={self.num_experts} and rank lie below size")
+        require(self.routing != "remote" or bool(self.ep and self.ep.size > 1), "routing", "remote needs ep")
+
+    @property
+    def gated(self) -> bool:
+        return self.activation != "relu2"
+
+    @property
+    def w13_rows(self) -> int:
+        return self.intermediate_size * (2 if self.gated else 1)
+
+    @property
+    def local_experts(self) -> int:
+        return self.num_experts // (self.ep.size if self.ep else 1)
+
+    @property
+    def invalid_ids(self) -> bool:
+        """Whether topk_ids holds -1 somewhere."""
+        return self.routing in ("invalid", "nobody")
+
+    def weights_key(self) -> Problem:
+        """The same layer for any batch: what two Problems share exactly if their weights may be shared."""
+        return replace(self, tokens=0, routing="uniform", ids=32, padded=False, top_k=self.top_k)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A Problem and how it is asked: the fill of its tensors, the seed, and the sequence of calls (scenario)."""
+
+    problem: Problem
+    fill: str = "random"
+    seed: int = 0
+    scenario: str = "once"
+
+    def __post_init__(self) -> None:
+        if self.fill not in FILLS:
+            raise DescriptorError(f"fill={self.fill}: one of {', '.join(FILLS)}")
+
+    def __str__(self) -> str:
+        return "-".join(token for rule in GRAMMAR if (token := rule.show(self)) is not None)
+
+    def change(self, **changes: Any) -> Case:
+        """A Case with other values, given by the names of the fields of Problem or Case."""
+        mine = {f.name for f in fields(Case)} & changes.keys()
+        problem = replace(self.problem, **{k: v for k, v in changes.items() if k not in mine})
+        return replace(self, problem=problem, **{k: changes[k] for k in mine})
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """The Case of a descriptor; DescriptorError says which token is wrong and what would be valid there."""
+        found: dict[str, Any] = {}
+        for token in text.strip().split("-"):
+            rules = [rule for rule in GRAMMAR if re.fullmatch(rule.pattern, token)]
+            if not rules:
+                known = ", ".join(rule.example for rule in GRAMMAR)
+                raise DescriptorError(f"{text!r}: no field is written {token!r}; tokens look like: {known}")
+            if rules[0].field in found:
+                raise DescriptorError(f"{text!r}: {token!r} gives {rules[0].field} a second time")
+            found[rules[0].field] = rules[0].parse(token)
+        missing = [rule.example for rule in GRAMMAR if rule.required and rule.field not in found]
+        if missing:
+            raise DescriptorError(f"{text!r}: missing {', '.join(missing)}")
+        asked = {f.name for f in fields(cls)} & found.keys()
+        problem = Problem(**{k: v for k, v in found.items() if k not in asked})
+        return cls(problem, **{k: found[k] for k in asked})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One field of the descriptor: its token's pattern, how it is read and written."""
+
+    field: str
+    pattern: str
+    parse: Callable[[str], Any]
+    write: Callable[[Any], str]
+    example: str
+    required: bool = False
+
+    def show(self, case: Case) -> str | None:
+        owner = case if self.field in {f.name for f in fields(Case)} else case.problem
+        value = getattr(owner, self.field)
+        default = next(f.default for f in fields(owner) if f.name == self.field)
+        return None if not self.required and value == default and self.field != "fill" else self.write(value)
+
+
+def _count(letter: str, name: str, required: bool = True) -> Rule:
+    return Rule(name, rf"{letter}\d+", lambda s: int(s[len(letter) :]), lambda v: f"{letter}{v}", f"{letter}16", required)
+
+
+def _word(name: str, words: tuple[str, ...], required: bool = False) -> Rule:
+    return Rule(name, "|".join(map(re.escape, words)), str, str, "|".join(words), required)
+
+
+def _flag(name: str, word: str, value: Any = True) -> Rule:
+    return Rule(name, word, lambda s: value, lambda v: word, word)
+
+
+_QUANT = rf"({'|'.join(WEIGHT_FORMATS)})\.({'|'.join(WEIGHT_GRANULARITIES)})\.({'|'.join(ACTIVATION_GRANULARITIES)})"
+
+GRAMMAR: tuple[Rule, ...] = (
+    _count("t", "tokens"),
+    _count("h", "hidden_size"),
+    _count("i", "intermediate_size"),
+    _count("e", "num_experts"),
+    _count("k", "top_k"),
+    _word("dtype", DTYPES, required=True),
+    Rule("quant", _QUANT, Quant.parse, str, "e4m3.block.group"),
+    _word("activation", ACTIVATIONS),
+    Rule("limit", r"limit\d+(\.\d+)?", lambda s: float(s[5:]), lambda v: f"limit{v:g}", "limit7"),
+    _flag("bias", "bias"),
+    _flag("router_weight_on_input", "win"),
+    _word("layout", LAYOUTS),
+    Rule("ep", r"ep\d+\.\d+s?", ExpertParallel.parse, str, "ep4.1"),
+    _count("shared", "shared_experts", required=False),
+    _flag("ids", "ids64", 64),
+    _flag("padded", "padded"),
+    _word("routing", ROUTINGS),
+    _word("fill", FILLS),
+    _count("s", "seed", required=False),
+    Rule("scenario", r"once|[a-z0-9_]+\.[a-z0-9_]+", str, str, "swap.copy_"),
+)  # fmt: skip

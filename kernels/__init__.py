@@ -1,0 +1,1 @@
+"""Kernels under test. Nothing here imports the harness, the reference or the cases."""

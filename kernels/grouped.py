@@ -1,0 +1,177 @@
+"""Backend "grouped-mm": the layer as two of torch's grouped matrix products, on any device that has them.
+
+Pairs (token, slot) are sorted by expert, multiplied, activated in float32, multiplied again, put back in (token, slot)
+order and summed over the slots in float32: a gather, no atomics, so the result is deterministic. Nothing depends on
+the routing but the values in `offs`: no synchronization, no data-dependent shape.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def grouped_mm_function() -> Callable[..., Tensor] | None:
+    """torch's grouped_mm(a [P, K], b [E, K, N], offs=int32 [E]) -> [P, N], public or private; None if torch has none."""
+    return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+@lru_cache(maxsize=None)
+def grouped_mm_refusal(device: str, dtype: torch.dtype) -> str | None:
+    """Why torch's grouped_mm does not take this dtype on this device type, or None. Found by trying: which dtypes run
+    differs by device and torch version (CPU all three; CUDA of torch 2.11 bfloat16 only), and no query says so."""
+    product = grouped_mm_function()
+    if product is None:
+        return f"torch {torch.__version__} has no grouped_mm"
+    module = getattr(torch, device, None)
+    if module is None or not module.is_available():
+        device = "cpu"  # an emulated device: its tensors lie on the CPU
+    a = torch.ones(16, 16, device=device, dtype=dtype)
+    b = torch.ones(2, 16, 16, device=device, dtype=dtype)
+    offs = torch.tensor([8, 16], device=device, dtype=torch.int32)
+    try:
+        product(a, b.transpose(-2, -1), offs=offs)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"torch {torch.__version__} grouped_mm on {device}: {str(error).splitlines()[0]}"
+    return None
+
+
+def row_stride_refusal(problem: Any) -> str | None:
+    """grouped_mm wants rows that are multiples of 16 bytes, in both operands and both products."""
+    size = 4 if problem.dtype == "fp32" else 2
+    for name in ("hidden_size", "intermediate_size"):
+        row = getattr(problem, name) * size
+        if row % 16:
+            return f"shape: {name}={getattr(problem, name)} makes rows of {row} bytes; grouped_mm wants multiples of 16"
+    return None
+
+
+class GroupedMM:
+    """Sort, grouped_mm, activation, grouped_mm, weighted sum. Unquantized, every activation, either layout, expert
+    parallelism, invalid ids, shared experts."""
+
+    name = "grouped-mm"
+    devices = {"cpu", "cuda", "xpu"}
+
+    def available(self) -> str | None:
+        """None, or why this torch cannot run it."""
+        return None if grouped_mm_function() else f"torch {torch.__version__} has no grouped_mm"
+
+    def supports(self, problem: Any, device: str | None = None) -> str | None:
+        """None or "<keyword>: reason". With a device type ("cpu", "cuda", "xpu") the dtype is tried on it."""
+        if problem.quant is not None:
+            return "quant: torch's grouped_mm multiplies bf16, fp16 and fp32 only"
+        if problem.dtype not in DTYPES:
+            return f"dtype: {problem.dtype}; valid: {', '.join(DTYPES)}"
+        if problem.router_weight_on_input and problem.shared_experts:
+            return "router_weight_on_input: not together with shared experts"
+        refusal = row_stride_refusal(problem)
+        if refusal is None and (device := device or getattr(problem, "device", None)):
+            reason = grouped_mm_refusal(torch.device(device).type, DTYPES[problem.dtype])
+            refusal = reason and f"dtype: {reason}"
+        return refusal
+
+    def plans(self, problem: Any) -> list[dict]:
+        """One plan. grouped_mm stores in io and takes no bias: a bias is added in float32 to the stored product and
+        not rounded again, which is one rounding where the plan says, of a value that is smaller by the bias."""
+        return [
+            {
+                "gate_up": "io", "act_chain": False, "act": "io", "slot": "io", "weight": "after_store",
+                "router_weight": "fp32", "combine": "fp32", "weighted_input": "io", "quantizes_activations": False,
+            }
+        ]  # fmt: skip
+
+    def prepare(self, problem: Any, layer: Any) -> Callable[..., Tensor]:
+        """call(hidden_states [T, K] io, topk_weights [T, k], topk_ids [T, k], out=None) -> [T, K] io. Nothing is kept:
+        every call reads the layer anew."""
+
+        def call(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None) -> Tensor:
+            result = _forward(layer, hidden_states, topk_weights, topk_ids)
+            if out is None:
+                return result
+            if out.shape != result.shape or out.dtype != result.dtype:
+                raise ValueError(
+                    f"out is {out.dtype} {list(out.shape)}; the result is {result.dtype} {list(result.shape)}"
+                )
+            return out.copy_(result)
+
+        return call
+
+
+def _forward(layer: Any, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    problem, product = layer.problem, grouped_mm_function()
+    assert product is not None
+    w13, w2 = layer.w13, layer.w2
+    if problem.layout == "nk":  # views: torch's grouped_mm reads either order of the last two dimensions
+        w13, w2 = w13.transpose(-2, -1), w2.transpose(-2, -1)
+    tokens, hidden = hidden_states.shape
+    if tokens == 0:
+        return torch.empty_like(hidden_states)
+    experts = w13.shape[0]
+
+    local, weights = _local_experts(topk_ids, problem, layer.expert_map, experts), topk_weights.float()
+    if problem.router_weight_on_input:
+        hidden_states = (hidden_states.float() * weights[:, :1]).to(hidden_states.dtype)
+        weights = torch.ones_like(weights)
+    if problem.shared_experts:
+        first = experts - problem.shared_experts
+        always = torch.arange(first, experts, device=local.device).expand(tokens, -1)
+        local = torch.cat([local, always], 1)
+        weights = torch.cat([weights, weights.new_ones(always.shape)], 1)
+    slots = local.shape[1]
+
+    # Invalid slots carry the id `experts`: they sort behind every expert and lie past offs[-1].
+    expert, order = torch.sort(local.flatten(), stable=True)
+    offs = torch.searchsorted(expert, torch.arange(experts, device=expert.device), right=True).to(torch.int32)
+    served = (expert < experts).unsqueeze(-1)
+    expert = expert.clamp_(max=experts - 1)
+
+    h = product(hidden_states[order // slots], w13, offs=offs).float()
+    if layer.w13_bias is not None:
+        h = h + layer.w13_bias.float()[expert]
+    a = activate(h, problem.activation, problem.limit).to(hidden_states.dtype)
+    y = product(a, w2, offs=offs).float()
+    if layer.w2_bias is not None:
+        y = y + layer.w2_bias.float()[expert]
+    # Rows past offs[-1] were never written by either product: masked, not multiplied by zero (0 * NaN is NaN).
+    y = y.masked_fill(~served, 0.0)
+
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    y = y[back].view(tokens, slots, hidden)
+    # The weight of an invalid slot may be anything, NaN included.
+    weights = weights.masked_fill(local >= experts, 0.0)
+    return (y * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+
+def _local_experts(topk_ids: Tensor, problem: Any, expert_map: Tensor | None, experts: int) -> Tensor:
+    """[T, k] int64: the local expert of each slot, or `experts` where none serves it."""
+    ids = topk_ids.long()
+    valid = (ids >= 0) & (ids < problem.num_experts)
+    if expert_map is not None:
+        ids = expert_map.long()[ids.clamp(0, problem.num_experts - 1)]
+        valid &= ids >= 0
+    return torch.where(valid, ids, experts)
+
+
+def activate(h: Tensor, activation: str, limit: float | None) -> Tensor:
+    """GEMM 2's operand [P, I] from GEMM 1's result h [P, 2I] (relu2: [P, I]), in h's dtype. ValueError if unknown."""
+    if activation == "relu2":
+        return F.relu(h).square()
+    if activation == "swigluoai":
+        limit = 7.0 if limit is None else limit
+        gate, up = h[..., 0::2].clamp(max=limit), h[..., 1::2].clamp(-limit, limit)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    functions = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}
+    if activation not in functions:
+        raise ValueError(f"activation={activation!r}; valid: {', '.join(functions)}, swigluoai, relu2")
+    gate, up = h.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return functions[activation](gate) * up

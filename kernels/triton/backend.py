@@ -1,0 +1,130 @@
+"""The layer as backends of the harness: plain classes that know its protocol, and import nothing from it."""
+
+import torch
+
+from kernels.triton.activation import ACTIVATIONS
+from kernels.triton.fused_moe import Fp8Scheme, fused_moe, permuted_moe, takes_low_latency_path
+from kernels.triton.permute import MoEPermuteScratch, moe_permute, moe_unpermute
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_STORES_IO = dict(
+    gate_up="io", act="io", slot="io", router_weight="fp32", combine="fp32", weighted_input="accumulator",
+    quantizes_activations=True,
+)  # fmt: skip
+
+
+def scheme(problem) -> Fp8Scheme | None:
+    """The Fp8Scheme of a problem: a static per-tensor scale is "tensor" with scales given."""
+    if problem.quant is None:
+        return None
+    activation = problem.quant.activation
+    return Fp8Scheme(problem.quant.weight, "tensor" if activation == "tensor_static" else activation)
+
+
+def arguments(layer) -> dict:
+    """The keyword arguments of fused_moe for a layer, read from it now: weights may have been swapped."""
+    problem = layer.problem
+    return dict(
+        activation=problem.activation, limit=problem.limit, fp8=scheme(problem), layout=problem.layout,
+        w13_scale=layer.w13_scale, w2_scale=layer.w2_scale, a13_scale=layer.a13_scale, a2_scale=layer.a2_scale,
+        w13_bias=layer.w13_bias, w2_bias=layer.w2_bias, expert_map=layer.expert_map, num_experts=problem.num_experts,
+        apply_router_weight_on_input=problem.router_weight_on_input,
+    )  # fmt: skip
+
+
+class TritonMoE:
+    """fused_moe as a user calls it: the low latency path for small batches, the aligned path otherwise."""
+
+    name = "triton"
+    devices = {"cpu", "cuda", "xpu"}
+    interpreted = True
+    path = "auto"
+
+    def supports(self, problem) -> str | None:
+        """None, or "<keyword>: why not"."""
+        if problem.dtype not in DTYPES:
+            return f"dtype: {problem.dtype} is none of {', '.join(DTYPES)}"
+        if problem.activation not in ACTIVATIONS:
+            return f"activation: {problem.activation} is none of {', '.join(ACTIVATIONS)}"
+        if problem.limit is not None and problem.activation == "relu2":
+            return "activation: relu2 has no gate to clamp"
+        if problem.quant and problem.quant.weight_format not in ("e4m3", "e5m2"):
+            return f"quant: weights in {problem.quant.weight_format}"
+        if problem.router_weight_on_input and problem.top_k != 1:
+            return f"router_weight_on_input: needs top_k=1, not {problem.top_k}"
+        if problem.shared_experts:
+            return "shared_experts: not fused here; the caller adds them"
+        return None
+
+    def plans(self, problem) -> list[dict]:
+        """The roundings between hidden_states and out."""
+        return [dict(_STORES_IO, weight="before_store")]
+
+    def prepare(self, problem, layer):
+        """call(hidden_states, topk_weights, topk_ids, out=None); reads the layer at every call."""
+
+        def call(hidden_states, topk_weights, topk_ids, out=None):
+            return fused_moe(
+                hidden_states, layer.w13, layer.w2, topk_weights, topk_ids, path=self.path, out=out, **arguments(layer)
+            )
+
+        return call
+
+    def expected_launches(self, problem) -> tuple[set[str], set[str]]:
+        """(required, forbidden) substrings of the names of the kernels that one call launches."""
+        if problem.tokens == 0:
+            return set(), {"moe_gemm"}
+        required, forbidden = {"moe_gemm", "activate", "combine"}, {"permute"}
+        if problem.quant and problem.quant.activation:
+            required.add("quantize")
+        else:
+            forbidden.add("quantize")
+        has_map = problem.ep or None
+        low_latency = self.path == "auto" and takes_low_latency_path(
+            problem.tokens, problem.top_k, problem.num_experts, has_map
+        )
+        (forbidden if low_latency else required).add("align")
+        return required, forbidden
+
+
+class TritonAlignedMoE(TritonMoE):
+    """fused_moe, always on the aligned path."""
+
+    name = "triton-aligned"
+    path = "aligned"
+
+
+class TritonPermuteMoE(TritonMoE):
+    """permuted_moe; its permutation is open to tests of its own."""
+
+    name = "triton-permute"
+    path = "aligned"
+    permute = staticmethod(moe_permute)
+    unpermute = staticmethod(moe_unpermute)
+
+    def plans(self, problem) -> list[dict]:
+        """As for fused_moe, but the router weight meets the stored slot."""
+        return [dict(_STORES_IO, weight="after_store")]
+
+    def make_scratch(self, problem, device, **kw) -> MoEPermuteScratch:
+        """A scratch for the problem's sizes on `device`; kw as for MoEPermuteScratch."""
+        sizes = dict(
+            max_num_tokens=max(1, problem.tokens), top_k=problem.top_k, num_experts=problem.num_experts,
+            num_local_experts=problem.num_experts // (problem.ep.size if problem.ep else 1),
+            hidden_size=problem.hidden_size, hidden_dtype=DTYPES[problem.dtype],
+        )  # fmt: skip
+        return MoEPermuteScratch(device=device, **(sizes | kw))
+
+    def prepare(self, problem, layer, scratch=None):
+        """call(hidden_states, topk_weights, topk_ids, out=None), with the permutation's buffers in `scratch`."""
+
+        def call(hidden_states, topk_weights, topk_ids, out=None):
+            return permuted_moe(
+                hidden_states, layer.w13, layer.w2, topk_weights, topk_ids, out=out, scratch=scratch, **arguments(layer)
+            )
+
+        return call
+
+    def expected_launches(self, problem) -> tuple[set[str], set[str]]:
+        required, forbidden = super().expected_launches(problem)
+        return (required | {"permute"} if required else required), forbidden - {"permute"}
