@@ -133,7 +133,7 @@ def propagate(stages: Stages, experts: Experts, rounding: Rounding, slots: int) 
 
     # GEMM 1, its scales, bias and weight on input
     hidden = stages.x.shape[1]
-    squares = through(stages.x[stages.token] ** 2, experts.w13)
+    squares = through(stages.x[stages.row] ** 2, experts.w13)
     v = summation(hidden, squares, stages.h, plan.accumulator)
     extra_ops = 4 * quantized + (experts.w13_bias is not None) + experts.router_weight_on_input
     v = v + FLOAT32_OP * extra_ops * stages.h**2
@@ -252,7 +252,7 @@ def _input_ties(stages: Stages, through: Callable[..., Tensor], experts: Experts
     if not near.any():
         return None
     variance = torch.where(near, (step * scale) ** 2, 0.0)
-    return through(variance[stages.token], experts.w13)
+    return through(variance[stages.row], experts.w13)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Inputs:
     topk_ids: Tensor  #: [T, k] int32 or int64
     layer: Layer
     handed: Layer
+    variant: str = ""  #: set by whoever changes a tensor: the expected result is remembered by case and variant
 
 
 def draw(case: Case, device: torch.device = torch.device("cpu")) -> Inputs:
@@ -61,6 +62,11 @@ def draw(case: Case, device: torch.device = torch.device("cpu")) -> Inputs:
     return Inputs(
         case, x, topk_weights, topk_ids, replace(layer, problem=problem), replace(handed, problem=problem)
     )  # fmt: skip
+
+
+def forget() -> None:
+    """Draw the next layer anew, whatever was drawn before."""
+    _layers.cache_clear()
 
 
 def _generator(case: Case, purpose: str, device: torch.device) -> torch.Generator:

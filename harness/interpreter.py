@@ -150,7 +150,7 @@ def _through_float32(operator, handle):
                 return operator(self, *args)
         with np.errstate(all="ignore"):
             result = function(*(decode(x.data, x.dtype.scalar) for x in operands))
-        return handle(result if result.dtype == bool else encode(result, dtype), dtype)
+        return handle(result, tl.int1) if result.dtype == bool else handle(encode(result, dtype), dtype)
 
     return wrapped
 

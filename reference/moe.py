@@ -13,7 +13,7 @@ A slot is valid if its id lies in [0, num_experts) and expert_map does not send 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
@@ -87,19 +87,19 @@ class Stages:
     slot: Tensor  #: [P] int64, top_k + s for shared expert s
     expert: Tensor  #: [P] int64, local
     weight: Tensor  #: [P] what multiplies y: 1 if the router weight was applied on input
-    input_weight: Tensor  #: [T] what multiplied hidden_states: 1 unless the router weight was applied on input
-    x: Tensor  #: [T, K] GEMM 1's operand: dequantized if it was quantized
+    row: Tensor  #: [P] the row of x that the pair reads
+    x: Tensor  #: [R, K] GEMM 1's operand, dequantized if it was quantized: a row for every token, and a second one for
+    #: shared experts where the others see a weighted input
     h: Tensor  #: [P, 2I]
     act_gate: Tensor  #: [P, I] act(gate), meaningful for gated activations
     a: Tensor  #: [P, I] before requantization
     operand: Tensor  #: [P, I] GEMM 2's operand
     y: Tensor  #: [P, K]
     out: Tensor  #: [T, K]
-    x_ratio: Tensor | None = None  #: [T, K] x / scale before it was rounded to e4m3, and the scale
+    x_ratio: Tensor | None = None  #: [R, K] x / scale before it was rounded to e4m3, and the scale
     x_scale: Tensor | None = None
     a_ratio: Tensor | None = None  #: [P, I] likewise for a
     a_scale: Tensor | None = None
-    extra: dict = field(default_factory=dict)
 
     def rows_by_expert(self) -> list[tuple[int, Tensor]]:
         """(local expert, rows of the pair arrays) for every expert that got a token."""
@@ -141,13 +141,15 @@ def forward(
     token, slot = torch.nonzero(local >= 0, as_tuple=True)
     expert, weight = local[token, slot], weights[token, slot]
 
-    x, input_weight = hidden_states, hidden_states.new_ones(len(hidden_states))
+    x, row = hidden_states, token
     if experts.router_weight_on_input:
         if topk_ids.shape[1] != 1:
             raise ValueError(f"router_weight_on_input: top_k={topk_ids.shape[1]}; only top_k=1 has a meaning")
-        input_weight = weights[:, 0]
-        x = rounding.weighted_input(x * input_weight[:, None])
+        x = rounding.weighted_input(x * weights[:, :1])
         weight = torch.ones_like(weight)
+        if experts.shared:  # Llama-4: the shared expert's input is not weighted
+            x = torch.cat([x, hidden_states])
+            row = torch.where(slot >= topk_ids.shape[1], token + len(hidden_states), token)
     quantized = experts.activation_quant if plan.quantizes_activations else None
     x_ratio = x_scale = a_ratio = a_scale = None
     if quantized:
@@ -161,7 +163,7 @@ def forward(
         return h if experts.w13_bias is None else h + experts.w13_bias[e]
 
     width = experts.w13[0].shape[0]
-    h = rounding.store(_by_expert(expert, x[token], width, linear1), plan.gate_up)
+    h = rounding.store(_by_expert(expert, x[row], width, linear1), plan.gate_up)
 
     gate, up = split_gate_up(h, experts.activation)
     a = combine_gate_up(gate, up, experts.activation, experts.limit, experts.alpha)
@@ -189,7 +191,7 @@ def forward(
         slots = rounding.store(slots, "io" if plan.weight == "rounded" else "fp32")
     out = torch.zeros_like(hidden_states).index_add_(0, token, slots)
     return Stages(
-        token, slot, expert, weight, input_weight, x, h, act_gate, a, operand, y, out, x_ratio, x_scale, a_ratio, a_scale
+        token, slot, expert, weight, row, x, h, act_gate, a, operand, y, out, x_ratio, x_scale, a_ratio, a_scale
     )  # fmt: skip
 
 

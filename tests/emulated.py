@@ -108,7 +108,7 @@ class Emulated:
             local = torch.cat([local, always], 1)
             weight = torch.cat([weight, torch.ones_like(always, dtype=weight.dtype)], 1)
         if problem.router_weight_on_input:
-            x = self.store(x * weight[:, :1], self.says("weighted_input", "accumulator").replace("accumulator", "-"), io)
+            plain, x = x, self.store(x * weight[:, :1], self.says("weighted_input", "accumulator").replace("accumulator", "-"), io)
             weight = torch.ones_like(weight)
         quantized = problem.quant.activation if problem.quant and self.says("quantizes_activations", True) else None
         static = quantized == "tensor_static"

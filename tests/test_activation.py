@@ -37,9 +37,9 @@ def test_gates_keep_their_relative_precision_at_negative_arguments():
     decimal.getcontext().prec = 50
     for g in (-3.0, -6.5, -10.0, -20.0):
         exact = decimal.Decimal(g) / (1 + decimal.Decimal(-g).exp())
-        assert gate_only("silu", f64(g)).item() == pytest.approx(float(exact), rel=1e-14)
+        assert gate_only("silu", f64(g)).item() == pytest.approx(float(exact), rel=1e-14, abs=0)
         # Asymptotically gelu(g) = g/2 erfc(-g/sqrt 2), and Python's erfc is relatively precise.
-        assert gate_only("gelu", f64(g)).item() == pytest.approx(g / 2 * math.erfc(-g / math.sqrt(2)), rel=1e-13)
+        assert gate_only("gelu", f64(g)).item() == pytest.approx(g / 2 * math.erfc(-g / math.sqrt(2)), rel=1e-13, abs=0)
         z = (decimal.Decimal(2) / decimal.Decimal(math.pi)).sqrt() * (
             decimal.Decimal(g) + decimal.Decimal("0.044715") * decimal.Decimal(g) ** 3
         )
@@ -47,7 +47,7 @@ def test_gates_keep_their_relative_precision_at_negative_arguments():
         if exact > decimal.Decimal("-1e-300"):
             assert abs(gate_only("gelu_tanh", f64(g)).item()) < 1e-299
         else:
-            assert gate_only("gelu_tanh", f64(g)).item() == pytest.approx(float(exact), rel=1e-12)
+            assert gate_only("gelu_tanh", f64(g)).item() == pytest.approx(float(exact), rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("name", GATED)
@@ -112,6 +112,16 @@ def test_gradients_are_finite_at_extreme_gates():
         g = f64(-1000.0, -90.0, 0.0, 90.0, 1000.0).requires_grad_()
         gate_only(name, g).sum().backward()
         torch.testing.assert_close(g.grad, f64(0.0, 0.0, 0.5, 1.0, 1.0))
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine")
+def test_the_accelerator_agrees_with_the_cpu():
+    device = torch.accelerator.current_accelerator()
+    for name in GATED:
+        on_device = gate_only(name, GRID.to(device)).cpu()
+        torch.testing.assert_close(on_device, gate_only(name, GRID), rtol=1e-12, atol=1e-300)
+        extreme = f64(-1000, 1000, math.inf, -math.inf, math.nan)
+        torch.testing.assert_close(gate_only(name, extreme.to(device)).cpu(), gate_only(name, extreme), equal_nan=True)
 
 
 def test_errors_name_the_field_the_value_and_what_is_valid():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from numpy_moe import numpy_moe
 from reference.moe import Experts, moe
 from reference.routing import judge_routing, route
+from tests.numpy_moe import numpy_moe
 
 pytest.importorskip("transformers", minversion="5.0")
 
@@ -66,7 +66,9 @@ def check_experts(theirs, x, weights, ids, w13, w2, **options):
     [(MixtralExperts, MixtralConfig), (Qwen3MoeExperts, Qwen3MoeConfig)],
     ids=["mixtral", "qwen3_moe"],
 )
-@pytest.mark.parametrize("hidden_act, activation", [("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh")])
+@pytest.mark.parametrize(
+    "hidden_act, activation", [("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh")]
+)
 def test_experts(module, config, hidden_act, activation):
     experts = randomized(module(config_of(config, hidden_act=hidden_act)), torch.float64)
     x, (weights, ids) = tokens(torch.float64), random_routing()
@@ -105,7 +107,11 @@ def llama4():
     layer = randomized(Llama4TextMoe(config_of(Llama4TextConfig, num_experts_per_tok=1)), torch.float64)
     x = tokens(torch.float64)
     routing = route(layer.router(x)[1], 1, "sigmoid")
-    w13, w2, mlp = layer.experts.gate_up_proj.transpose(1, 2), layer.experts.down_proj.transpose(1, 2), layer.shared_expert
+    w13, w2, mlp = (
+        layer.experts.gate_up_proj.transpose(1, 2),
+        layer.experts.down_proj.transpose(1, 2),
+        layer.shared_expert,
+    )
     shared13 = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
     # The router rounds its sigmoid to float32; repeat that, or it would be all the difference there is.
     weights = routing.topk_weights.float().double()

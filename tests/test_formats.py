@@ -191,6 +191,19 @@ def test_shapes_and_views_are_kept():
         assert round_to(x[0, 0, 0], name).shape == ()
 
 
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine")
+def test_the_accelerator_agrees_with_the_cpu():
+    device = torch.accelerator.current_accelerator()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(100_000, dtype=torch.float64, generator=generator)
+    x = x * torch.exp2(torch.randint(-150, 128, x.shape, generator=generator).double())
+    x = torch.cat((x, f64(1 + 2**-8 + 2**-30, 0.0, -0.0, 2.0**-1074, math.inf, -math.inf, math.nan)))
+    for name in FORMATS:
+        assert same(round_to(x.to(device), name).cpu(), round_to(x, name))
+        assert same(ulp(x.to(device), name).cpu(), ulp(x, name))
+        assert same(decode(encode(x.to(device), name)).cpu(), round_to(x, name))
+
+
 def test_errors_name_the_field_the_value_and_what_is_valid():
     with pytest.raises(ValueError, match="format is 'fp9'; valid are fp32, tf32, bf16"):
         fmt("fp9")

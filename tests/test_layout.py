@@ -94,7 +94,7 @@ def test_the_mismatch_of_pull_request_40109():
         ({"w2": torch.zeros(2, 256, 385)}, r"w2 is \[2, 256, 385\].*wants \[2, 256, 384\]"),
         ({"w2": torch.zeros(3, 256, 384)}, r"w2 is \[3, 256, 384\].*wants \[2, 256, 384\]"),
         ({"w2": torch.zeros(2, 255, 384)}, "Hidden size mismatch 256 != 255: w2"),
-        ({"gated": False}, r"w13 is \[2, 768, 256\].*gated=False wants \[2, 384, 256\]"),
+        ({"w13": torch.zeros(2, 384, 256)}, r"w13 is \[2, 384, 256\].*gated=True wants \[2, 768, 256\]"),
         ({"w13": torch.zeros(768, 256)}, r"w13 is \[768, 256\]"),
         ({"w13_scale": torch.ones(2)}, r"w13_scale is \[2\] with granularity=None"),
         ({"granularity": "tensor", "w13_scale": None}, "w13_scale is missing with granularity='tensor'"),

@@ -187,6 +187,23 @@ def test_expand_scale():
     assert full[1, 127] == 3 and full[1, 128] == 4 and full[0, 259] == 2
 
 
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine")
+def test_the_accelerator_agrees_with_the_cpu():
+    device = torch.accelerator.current_accelerator()
+    w = bf16_values(2, 200, 300)
+    for granularity in WEIGHT_GRANULARITIES:
+        codes, scale = quantize_weight(w.to(device), "e4m3", granularity)
+        dequantized = dequantize_weight(codes, scale, granularity).cpu()
+        assert torch.equal(dequantized, dequantize_weight(*quantize_weight(w, "e4m3", granularity), granularity))
+    for granularity in ACTIVATION_GRANULARITIES:
+        for theirs, ours in zip(
+            quantize_activation(w[0].to(device), granularity), quantize_activation(w[0], granularity)
+        ):
+            assert torch.equal(theirs.cpu(), ours)
+    codes, _ = quantize_activation(w[0].to(device), "tensor", static_scale=0.5)
+    assert torch.equal(codes.cpu(), quantize_activation(w[0], "tensor", static_scale=0.5)[0])
+
+
 def test_errors_name_the_field_the_value_and_what_is_valid():
     w = torch.zeros(1, 128, 128, dtype=torch.float64)
     with pytest.raises(ValueError, match="granularity is 'token'; valid are tensor, channel, block"):

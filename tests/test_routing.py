@@ -16,7 +16,12 @@ CASES = {
     "sigmoid_top1": dict(top_k=1, method="sigmoid"),
     "sigmoid_renormalized": dict(top_k=4, method="sigmoid", renormalize=True),
     "deepseek_v3": dict(
-        top_k=4, method="grouped", correction_bias=BIAS, num_groups=8, topk_groups=4, renormalize=True,
+        top_k=4,
+        method="grouped",
+        correction_bias=BIAS,
+        num_groups=8,
+        topk_groups=4,
+        renormalize=True,
         routed_scaling_factor=2.5,
     ),  # fmt: skip
     "deepseek_v2": dict(top_k=3, method="grouped", scoring="softmax", num_groups=4, topk_groups=2),
@@ -61,6 +66,7 @@ def brute_force(row, top_k, method, renormalize=None, correction_bias=None, num_
 @ALL_CASES
 def test_against_brute_force(arguments):
     logits = random_logits().double()
+    logits[2] -= 60.0  # sigmoids so small that the 1e-20 counts
     logits[3, 5] = math.nan
     logits[4, :20] = -math.inf
     logits[5, 7] = 80.0
@@ -110,6 +116,7 @@ LOGITS = {
     "equal_but_for_the_last_bits": 1.0 + random_logits(900, seed=4) * 2.0**-22,
     "wide": random_logits(900, seed=5, scale=40.0),
     "saturated": 15.0 + random_logits(900, seed=6),
+    "all_sigmoids_tiny": -12.0 + random_logits(900, seed=7),
     "all_equal": torch.zeros(50, 32),
 }
 
@@ -232,6 +239,20 @@ def test_no_tokens():
     assert judge_routing(expected, expected.topk_weights, expected.topk_ids) == []
 
 
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator on this machine")
+@ALL_CASES
+def test_the_accelerator_agrees_with_the_cpu(arguments):
+    device = torch.accelerator.current_accelerator()
+    logits = LOGITS["bfloat16_with_many_ties"].double()
+    ours = route(logits, **arguments)
+    there = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+    theirs = route(logits.to(device), **there)
+    assert torch.equal(theirs.near_tie.cpu(), ours.near_tie)
+    assert torch.equal(theirs.topk_ids.cpu()[~ours.near_tie], ours.topk_ids[~ours.near_tie])
+    assert judge_routing(theirs, ours.topk_weights, ours.topk_ids) == []
+    assert judge_routing(ours, theirs.topk_weights, theirs.topk_ids) == []
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -240,10 +261,16 @@ def test_no_tokens():
         (dict(top_k=2, method="topk_softmax", renormalize=False), "renormalize is False; valid is True"),
         (dict(top_k=2, method="sigmoid", num_groups=2), "num_groups is 2; valid is None for method 'sigmoid'"),
         (dict(top_k=2, method="grouped", num_groups=3), "num_groups is 3; valid is a divisor of 8"),
-        (dict(top_k=2, method="grouped", num_groups=2, topk_groups=3), "topk_groups is 3; valid is 1 to num_groups = 2"),
+        (
+            dict(top_k=2, method="grouped", num_groups=2, topk_groups=3),
+            "topk_groups is 3; valid is 1 to num_groups = 2",
+        ),
         (dict(top_k=5, method="grouped", num_groups=2, topk_groups=1), "top_k is 5; valid is at most the 4 experts"),
         (dict(top_k=2, method="grouped", scoring="tanh"), "scoring is 'tanh'; valid is softmax, sigmoid"),
-        (dict(top_k=2, method="sigmoid", routed_scaling_factor=0.0), "routed_scaling_factor is 0.0; valid is a positive"),
+        (
+            dict(top_k=2, method="sigmoid", routed_scaling_factor=0.0),
+            "routed_scaling_factor is 0.0; valid is a positive",
+        ),
         (dict(top_k=2, method="grouped", correction_bias=BIAS), r"len\(correction_bias\) is 32; valid is 8"),
     ],
 )

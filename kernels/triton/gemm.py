@@ -156,7 +156,7 @@ def default_config(num_pairs: int, num_experts: int, dtype: torch.dtype, quantiz
     block_m = next((m for m in (16, 32, 64) if pairs_per_expert <= m), 128)
     if dtype == torch.float32:
         # No tensor cores for IEEE float32: the accumulator and both operands live in registers.
-        return GemmConfig(min(block_m, 64), 64, 32, num_stages=2)
+        return GemmConfig(min(block_m, 32 if quantized_weights else 64), 64, 32, num_stages=2)
     # Few rows per expert: the weights' bandwidth is the limit, and deeper tiles keep more bytes in flight.
     block_k = 128 if quantized_weights or block_m <= 32 else 64
     return GemmConfig(block_m, 128, block_k, num_warps=4 if block_m <= 64 else 8)

@@ -68,22 +68,17 @@ def import_transformers(module: str) -> Any:
     is made to find; nothing of transformers is replaced, and no hub kernel can replace what is to be tested.
     """
     with _import_lock:
-        probe = importlib.import_module("transformers.utils.import_utils")
+        probe = importlib.import_module("transformers.utils.import_utils").is_kernels_available
         mine = sys.modules.get("kernels")
         sys.modules["kernels"] = None  # type: ignore[assignment]  # the import system's own sign for "not importable"
         try:
-            found = probe.is_kernels_available()
+            probe.cache_clear()  # somebody may have asked before
+            probe()
         finally:
             if mine is None:
                 del sys.modules["kernels"]
             else:
                 sys.modules["kernels"] = mine
-        # Asked before this: the answer is cached, and imports from the wrong package are about to fail.
-        if found and getattr(mine, "__path__", None) is not None and not hasattr(mine, "get_kernel"):
-            raise ImportError(
-                "transformers has taken this project's folder `kernels` for the PyPI package of that name; import "
-                "kernels.upstream.transformers before transformers, or uninstall the package"
-            )
         return importlib.import_module(f"transformers.{module}")
 
 

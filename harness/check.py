@@ -1,0 +1,296 @@
+"""One case on one backend: poison, call, compare, verdict.
+
+    case -> inputs -> backend.prepare -> call into fenced, poisoned memory -> judged against the oracle -> Verdict
+
+`Session` is what a scenario (harness/scenario.py) works with: it draws inputs, prepares the backend and checks calls.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import traceback
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from harness import backend as backends
+from harness import explain, inputs, scenario
+from harness.backend import Layer
+from harness.device import Device, DeviceLost
+from harness.exact import inexact
+from harness.expected import Expected, exact_output, expect
+from harness.inputs import Inputs
+from harness.judge import Judgement, judge, judge_exact
+from harness.problem import Case, Problem
+from harness.scenario import Failed, Unsupported
+from harness.trace import Trace, Tracing, poison_
+from harness.verdict import Verdict
+from reference.formats import decode
+from reference.plan import RoundingPlan, parse_plan, undeclared_plans
+
+WHOLE = 256 * 2**20  #: bytes of weights from which a layer is drawn, and the oracle computed, on the GPU
+FENCE = 512  #: elements of canary before and after the output
+CANARY = -768.0  #: representable in every io dtype
+
+
+def run(case: Case, backend: Any, device: Device, family: str = "") -> Verdict:
+    """The verdict for one case. A kernel's fault is a verdict; DeviceLost means that nothing else can run here."""
+    started = time.perf_counter()
+    verdict = Verdict(str(case), backend.name, str(device), "passed", family)
+    session = None
+    try:
+        if reason := why_not(case, backend, device):
+            raise Unsupported(reason)
+        session = Session(case, backend, device)
+        scenario.play(session)
+        verdict.status = "mistrusted" if session.doubts else "passed"
+        verdict.reason = session.doubts[0] if session.doubts else ""
+    except Unsupported as reason:
+        verdict.status, verdict.reason = "unsupported", str(reason)
+    except Failed as failure:
+        verdict.status, verdict.reason, verdict.report = "failed", failure.summary, failure.report
+    except (DeviceLost, backends.BackendError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever a kernel raises is its verdict, with the whole traceback
+        device.synchronize()
+        verdict.status = "crashed"
+        verdict.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        verdict.report = traceback.format_exc()
+    verdict.seconds = time.perf_counter() - started
+    if session is not None:
+        session.fill_in(verdict)
+    if not verdict.green:
+        # The tensors are shared between backends: one that broke them must not break the next.
+        inputs.forget()
+        _drawn.cache_clear()
+    return verdict
+
+
+def why_not(case: Case, backend: Any, device: Device) -> str | None:
+    """None, or the enumerated reason why this case does not run on this backend and device."""
+    reason = backends.unavailable(backend, device) or backends.unsupported(backend, case.problem, device)
+    if reason is None and case.fill == "exact":
+        reason = inexact(case.problem)
+    needed, room = 3 * weight_bytes(case.problem), device.memory_bytes()
+    if reason is None and needed > room:
+        reason = f"memory: needs about {needed / 2**30:.0f} GiB, {room / 2**30:.0f} GiB are free"
+    return reason
+
+
+def weight_bytes(problem: Problem) -> int:
+    size = 1 if problem.quant else inputs.TORCH_DTYPE[problem.dtype].itemsize
+    rows = problem.w13_rows + problem.intermediate_size
+    return (problem.local_experts + problem.shared_experts) * rows * problem.hidden_size * size
+
+
+class Session:
+    """One backend under one case. Every `check` judges one call; the first that fails ends the case."""
+
+    def __init__(self, case: Case, backend: Any, device: Device) -> None:
+        self.case, self.backend, self.device = case, backend, device
+        self.judgements: list[Judgement] = []
+        self.doubts: list[str] = []
+        self.traces: list[Trace] = []
+
+    # -- what scenarios use -------------------------------------------------------------------------------------------
+    def draw(self, **changes: Any) -> Inputs:
+        """The case's inputs on the device, with other values for fields of Problem or Case. The layer is a copy of
+        its own, so that a scenario may write to it."""
+        case = self.case.change(scenario="once", **changes)
+        drawn = _drawn(case, _place(case.problem, self.device), self.device.torch)
+        if self.case.scenario == "once":
+            return drawn
+        return _with_own_layer(drawn)
+
+    def prepare(self, problem: Problem, layer: Layer, **options: Any) -> Callable[..., Tensor]:
+        """What a serving engine would keep for this layer."""
+        return self.backend.prepare(problem, layer, **options)
+
+    def check(self, call: Callable[..., Tensor], given: Inputs, what: str = "") -> Tensor:
+        """Call and judge; returns the output. Failed, with a report, if anything is wrong."""
+        out, trace = self.call(call, given, what)
+        self.traces.append(trace)
+        self.accept(out, given, what)
+        return out
+
+    def accept(self, out: Tensor, given: Inputs, what: str = "") -> None:
+        """Judge an output that a scenario got by itself."""
+        judgement = self.judged(out, given)
+        self.judgements.append(judgement)
+        if not judgement.passed:
+            raise Failed(*explain.explain(judgement, given, what))
+        if doubt := _doubt(judgement):
+            self.doubts.append(doubt)
+
+    def why_not(self, problem: Problem) -> str | None:
+        """None, or why this backend cannot be asked about another problem."""
+        return why_not(replace(self.case, problem=problem), self.backend, self.device)
+
+    def require(self, condition: bool, message: str) -> None:
+        """A property other than the output's values."""
+        if not condition:
+            raise Failed(message, message)
+
+    # -- one call -----------------------------------------------------------------------------------------------------
+    def call(self, call: Callable[..., Tensor], given: Inputs, what: str = "") -> tuple[Tensor, Trace]:
+        """One call into poisoned, fenced memory. Inputs and weights must be what they were."""
+        where = f" ({what})" if what else ""
+        x = given.hidden_states
+        fenced = torch.full((x.numel() + 2 * FENCE,), CANARY, dtype=x.dtype, device=x.device)
+        out = poison_(fenced[FENCE : FENCE + x.numel()]).view(x.shape)
+        before = [t.clone() for t in (x, given.topk_weights, given.topk_ids)]
+        digests = {name: digest(t) for name, t in given.handed.tensors().items()}
+        keywords = {"out": out} if _takes_out(call) else {}
+        with Tracing() as trace:
+            result = call(x, given.topk_weights, given.topk_ids, **keywords)
+        self.device.synchronize()
+        self.require(isinstance(result, Tensor), f"returned {type(result).__name__}, not a tensor{where}")
+        shape = f"{tuple(result.shape)} {result.dtype} on {result.device}"
+        wanted = f"{tuple(x.shape)} {x.dtype} on {x.device}"
+        self.require(shape == wanted, f"returned {shape}; it must be {wanted}{where}")
+        edges = torch.cat([fenced[:FENCE], fenced[FENCE + x.numel() :]])
+        self.require(bool((edges == CANARY).all()), f"wrote outside of out: a canary next to it changed{where}")
+        for name, old, new in zip(("hidden_states", "topk_weights", "topk_ids"), before, (x, given.topk_weights, given.topk_ids)):
+            self.require(same_bits(old, new), f"{name} was changed by the call{where}")
+        changed = [name for name, t in given.handed.tensors().items() if digest(t) != digests[name]]
+        self.require(not changed, f"the layer's {', '.join(changed)} was changed by the call{where}")
+        return result, trace
+
+    def judged(self, out: Tensor, given: Inputs) -> Judgement:
+        """The judgement of one output, under the admissible plan that fits best."""
+        place = _place(given.case.problem, self.device)
+        got = decode(out.to(place))
+        if given.case.fill == "exact":
+            return judge_exact(got, exact_output(given, place))
+        best = None
+        for plan in self.plans(given.case.problem):
+            found = judge(got, self.expected(given, plan, place))
+            if best is None or found.budget < best.budget:
+                best = found
+            if found.passed:
+                break
+        assert best is not None
+        return best
+
+    def expected(self, given: Inputs, plan: RoundingPlan, place: torch.device) -> Expected:
+        key = (given.case, given.variant, plan, str(place))
+        if key not in _EXPECTED:
+            while len(_EXPECTED) >= 12:
+                _EXPECTED.pop(next(iter(_EXPECTED)))
+            _EXPECTED[key] = expect(given, plan, place)
+        return _EXPECTED[key]
+
+    def plans(self, problem: Problem) -> list[RoundingPlan]:
+        """The backend's declared plans, with this device's matrix accumulator."""
+        declared = self.backend.plans(problem) if hasattr(self.backend, "plans") else undeclared_plans()
+        plans = [parse_plan(p) for p in declared]
+        if problem.quant and problem.quant.activation:
+            accumulator = self.device.accumulator("e4m3")
+            plans = [
+                p if p.accumulator.bits or not p.quantizes_activations else replace(p, accumulator=accumulator) for p in plans
+            ]
+        return plans
+
+    def fill_in(self, verdict: Verdict) -> None:
+        """What the verdict says about the calls that were judged."""
+        verdict.calls = len(self.judgements)
+        if self.judgements:
+            worst = max(self.judgements, key=lambda j: j.budget)
+            verdict.budget, verdict.statistic, verdict.plan = worst.budget, worst.worst, worst.plan
+        if self.traces:
+            verdict.trace = self.traces[-1].summary()
+
+
+_EXPECTED: dict[tuple, Expected] = {}
+
+
+def _place(problem: Problem, device: Device) -> torch.device:
+    """Where the inputs are drawn and the oracle computes: the CPU, but for layers too large for it."""
+    if device.torch.type == "cpu" or weight_bytes(problem) < WHOLE:
+        return torch.device("cpu")
+    require_agreement(device.torch)
+    return device.torch
+
+
+@lru_cache
+def require_agreement(device: torch.device) -> None:
+    """The oracle on this device must agree with the oracle on the CPU before it may judge anything there."""
+    for text in ("t32-h512-i256-e8-k2-bf16-bias-random", "t32-h512-i384-e8-k4-bf16-e4m3.block.group-random"):
+        given = inputs.draw(Case.parse(text))
+        here, there = (expect(given, RoundingPlan(gate_up="io", act="io"), d) for d in (torch.device("cpu"), device))
+        for name in ("out", "variance"):
+            a, b = getattr(here, name), getattr(there, name).cpu()
+            apart = float((a - b).abs().max() / a.abs().max())
+            if apart > 1e-9:
+                raise RuntimeError(f"the float64 oracle on {device} differs from the CPU's by {apart:.1e} in {name}: {text}")
+
+
+@lru_cache(maxsize=2)
+def _drawn(case: Case, place: torch.device, device: torch.device) -> Inputs:
+    drawn = inputs.draw(case, place)
+    return drawn if place == device else _moved(drawn, device)
+
+
+def _moved(drawn: Inputs, device: torch.device) -> Inputs:
+    """The same inputs on another device. Strides are kept: padding between rows is part of the question."""
+
+    def move(t: Tensor) -> Tensor:
+        if t.is_contiguous():
+            return t.to(device)
+        whole = torch.empty_strided((t.shape[0], t.stride(0)), (t.stride(0), 1), dtype=t.dtype, device=device)
+        poison_(whole)
+        return whole[:, : t.shape[1]].copy_(t)
+
+    def layer(old: Layer) -> Layer:
+        return Layer(old.problem, **{name: t.to(device) for name, t in old.tensors().items()})
+
+    return Inputs(
+        drawn.case, move(drawn.hidden_states), drawn.topk_weights.to(device), drawn.topk_ids.to(device),
+        layer(drawn.layer), layer(drawn.handed),
+    )  # fmt: skip
+
+
+def _with_own_layer(drawn: Inputs) -> Inputs:
+    handed = Layer(drawn.handed.problem, **{name: t.clone() for name, t in drawn.handed.tensors().items()})
+    return Inputs(drawn.case, drawn.hidden_states, drawn.topk_weights, drawn.topk_ids, drawn.layer, handed)
+
+
+def _takes_out(call: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(call).parameters.values()
+    return any(p.name == "out" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _bytes(t: Tensor) -> Tensor:
+    return t.contiguous().view(torch.uint8)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+
+
+def digest(t: Tensor) -> int:
+    """A checksum of the tensor's bits: cheap enough to be taken around every call, also of whole-size layers."""
+    if t.dim() > 1 and t.numel() > 2**24:
+        return hash(tuple(digest(part) for part in t))
+    if not t.numel():
+        return 0
+    raw = _bytes(t).flatten()
+    words = raw[: len(raw) // 4 * 4].view(torch.int32)
+    return hash((int(words.sum(dtype=torch.int64)), int(raw[len(words) * 4 :].sum(dtype=torch.int64)), len(raw)))
+
+
+def _doubt(judgement: Judgement) -> str | None:
+    """Why a match proves little, if it does."""
+    expected = judgement.expected
+    if expected is None or not expected.numel():
+        return "mistrusted: there is no output to compare"
+    finite = torch.isfinite(expected)
+    telling = finite & (expected != 0)
+    if judgement.sigma is not None:
+        telling &= expected.abs() > 8 * judgement.sigma
+    share = float(telling.double().mean())
+    return None if share >= 0.3 else f"mistrusted: {share:.0%} of the outputs are large enough to tell right from wrong"

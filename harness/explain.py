@@ -1,0 +1,200 @@
+"""A failure in words: what is wrong, where (tokens, experts, slots, columns), the pattern it folds into, the worst elements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+from harness.inputs import Inputs
+from harness.judge import Judgement
+from reference.moe import local_experts
+
+TILES = (128, 64, 32, 16)
+SHOWN = 6
+
+
+@dataclass
+class Where:
+    """The wrong elements, seen from the side of the layer."""
+
+    wrong: Tensor  #: [T, K] bool
+    rows: Tensor  #: [T] bool: the token has a wrong element
+    columns: Tensor  #: [K] bool
+    expert: Tensor  #: [T, k] local expert of every slot, -1 if not served here
+
+
+def explain(judgement: Judgement, given: Inputs, what: str = "") -> tuple[str, str]:
+    """(one line, the whole report)."""
+    assert judgement.wrong is not None and judgement.got is not None and judgement.expected is not None
+    wrong = judgement.wrong.cpu()
+    problem = given.case.problem
+    experts = local_experts(given.topk_ids.cpu(), problem.num_experts, _cpu(given.layer.expert_map))
+    where = Where(wrong, wrong.any(1), wrong.any(0), experts)
+    patterns = list(_patterns(judgement, where))
+    over = [f"{name} {_share(used)}" for name, used in judgement.budgets.items() if not used <= 1]
+    summary = f"{judgement.worst} used {_share(judgement.budgets[judgement.worst])} of its budget"
+    if patterns:
+        summary += f": {patterns[0]}"
+    if what:
+        summary = f"{what}: {summary}"
+    lines = [
+        summary,
+        f"  over budget   {', '.join(over)}",
+        f"  all budgets   {', '.join(f'{n} {_share(u)}' for n, u in judgement.budgets.items())}",
+        f"  plan          {judgement.plan}",
+        f"  wrong         {_count(wrong)}; {_count(where.rows)} tokens; {_count(where.columns)} columns",
+    ]
+    lines += [f"  note          {note}" for note in judgement.notes[:SHOWN]]
+    lines += [f"  pattern       {pattern}" for pattern in patterns]
+    if where.rows.any():
+        lines.append(f"  tokens        {_runs(where.rows)}")
+        lines.append(f"  columns       {_runs(where.columns)}")
+        lines.append(f"  experts       {_by_expert(where)}")
+        lines += _worst(judgement, where)
+    return summary, "\n".join(lines)
+
+
+def _cpu(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.cpu()
+
+
+def _share(used: float) -> str:
+    return "infinitely much" if used == float("inf") else f"{used:.2f}x" if used >= 1 else f"{used:.0%}"
+
+
+def _count(mask: Tensor) -> str:
+    return f"{int(mask.sum())} of {mask.numel()} ({float(mask.double().mean()):.1%})" if mask.numel() else "0 of 0"
+
+
+def _runs(mask: Tensor) -> str:
+    """True positions as ranges: "0-15, 32, 40-47, ..."."""
+    places = torch.nonzero(mask).flatten().tolist()
+    runs: list[list[int]] = []
+    for p in places:
+        if runs and p == runs[-1][1] + 1:
+            runs[-1][1] = p
+        else:
+            runs.append([p, p])
+    texts = [f"{a}" if a == b else f"{a}-{b}" for a, b in runs]
+    return ", ".join(texts[:12]) + (f", ... ({len(runs)} runs)" if len(runs) > 12 else "")
+
+
+def _by_expert(where: Where) -> str:
+    parts = []
+    for e in where.expert[where.expert >= 0].unique().tolist():
+        mine = (where.expert == e).any(1)
+        if (mine & where.rows).any():
+            parts.append(f"{e}: {int((mine & where.rows).sum())} of {int(mine.sum())} tokens wrong")
+    return "; ".join(parts[:8]) + ("; ..." if len(parts) > 8 else "")
+
+
+def _patterns(judgement: Judgement, where: Where) -> Iterator[str]:
+    """What the wrong elements have in common, the most telling first."""
+    got, expected = judgement.got, judgement.expected
+    assert got is not None and expected is not None
+    got, expected, wrong = got.cpu(), expected.cpu(), where.wrong
+    if not wrong.any():
+        yield "no single element is off, but all together: a coherent or too frequent error (rounding, scale, precision)"
+        ratio = _factor(got, expected)
+        if ratio is not None and abs(ratio - 1) > 1e-4:
+            yield f"got is about {ratio:.5g} times expected"
+        return
+    unwritten = wrong & got.isnan() & ~expected.isnan()
+    if unwritten.any():
+        yield f"{_count(unwritten)} of the outputs are NaN: never written (out was filled with NaN), or NaN was read somewhere"
+    if not unwritten.any() and bool((got[wrong] == 0).all()):
+        yield "every wrong output is zero"
+    ratio = _factor(got[wrong], expected[wrong])
+    if ratio is not None and ratio != 0:
+        yield f"the wrong outputs are {ratio:.4g} times the expected ones"
+    yield from _row_patterns(where)
+    yield from _column_patterns(where)
+
+
+def _factor(got: Tensor, expected: Tensor) -> float | None:
+    """c if got = c * expected to a percent."""
+    finite = torch.isfinite(got) & torch.isfinite(expected)
+    g, e = got[finite], expected[finite]
+    power = (e**2).sum()
+    if len(g) < 8 or power == 0:
+        return None
+    c = float((g * e).sum() / power)
+    residual = ((g - c * e) ** 2).sum() / power
+    return c if residual < 1e-4 * max(c * c, 1e-12) else None
+
+
+def _row_patterns(where: Where) -> Iterator[str]:
+    rows, tokens = where.rows, len(where.rows)
+    if rows.all():
+        yield "every token is wrong"
+        return
+    first = int(torch.nonzero(rows).flatten()[0])
+    if rows[first:].all():
+        yield f"all tokens from {first} on: a tail of the batch"
+    order: dict[int, list[int]] = {}
+    for token, experts in enumerate(where.expert.tolist()):
+        for e in experts:
+            if e >= 0:
+                order.setdefault(e, []).append(token)
+    for e, mine in order.items():
+        if _same(rows, mine):
+            yield f"all tokens of expert {e}, and only they: its weights, scales or rows"
+    last = [mine[-1] for mine in order.values()]
+    if _same(rows, last):
+        yield "the last row of every expert: a tail mask"
+    first_rows = [mine[0] for mine in order.values()]
+    if _same(rows, first_rows):
+        yield "the first row of every expert"
+    for tile in TILES:
+        tails = [t for mine in order.values() for t in mine[len(mine) // tile * tile :] if len(mine) > tile]
+        if tails and _same(rows, tails):
+            yield f"the rows behind the last full tile of {tile} of every expert: a tail of M"
+    served = [t for t, experts in enumerate(where.expert.tolist()) if any(e >= 0 for e in experts)]
+    unserved = sorted(set(range(tokens)) - set(served))
+    if unserved and _same(rows, unserved):
+        yield "the tokens without any valid slot: their rows must be zero"
+    partly = [t for t, experts in enumerate(where.expert.tolist()) if any(e < 0 for e in experts)]
+    if partly and _same(rows, partly):
+        yield "the tokens with an invalid slot (id -1, or an expert of another rank)"
+
+
+def _column_patterns(where: Where) -> Iterator[str]:
+    columns = where.columns
+    if columns.all():
+        return
+    places = torch.nonzero(columns).flatten()
+    first, last = int(places[0]), int(places[-1])
+    if columns[first:].all():
+        yield f"all columns from {first} on: a tail of N"
+    for tile in TILES:
+        if first % tile == 0 and (last + 1) % tile == 0 and columns[first : last + 1].all():
+            yield f"whole column tiles of {tile}: columns {first} to {last}"
+            return
+    if columns[first::2].all() and not columns[first + 1 :: 2].any():
+        yield "every other column: interleaved and packed halves mixed up"
+
+
+def _same(rows: Tensor, tokens: list[int]) -> bool:
+    return sorted(set(tokens)) == torch.nonzero(rows).flatten().tolist()
+
+
+def _worst(judgement: Judgement, where: Where) -> list[str]:
+    got, expected = judgement.got, judgement.expected
+    assert got is not None and expected is not None
+    got, expected = got.cpu(), expected.cpu()
+    sigma = None if judgement.sigma is None else judgement.sigma.cpu()
+    error = torch.where(where.wrong, (got - expected).abs().nan_to_num(nan=float("inf")), -1.0)
+    if sigma is not None:
+        error = torch.where(where.wrong, error / sigma.clamp(min=1e-300), -1.0)
+    lines = [f"  {'worst':<13} {'token':>6} {'column':>7} {'expected':>14} {'got':>14} {'off by':>12}  experts of the token"]
+    for place in error.flatten().argsort(descending=True)[:SHOWN].tolist():
+        token, column = divmod(place, got.shape[1])
+        if not where.wrong[token, column]:
+            break
+        e, g = float(expected[token, column]), float(got[token, column])
+        off = f"{g - e:.3g}" if sigma is None else f"{abs(g - e) / max(float(sigma[token, column]), 1e-300):.1f} sigma"
+        lines.append(f"  {'':<13} {token:>6} {column:>7} {e:>14.6g} {g:>14.6g} {off:>12}  {where.expert[token].tolist()}")
+    return lines

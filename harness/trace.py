@@ -1,0 +1,140 @@
+"""What one call did: kernels launched, operators dispatched, tensors allocated. And poison: nothing comes back empty.
+
+A torch dispatch mode sees every operator of the calling thread, whoever wrote the backend. While it is active, memory
+that would come back uninitialised (torch.empty and its kin) is filled with NaN, or with a large number for integers, so
+that a kernel that reads what nobody wrote cannot be right by luck.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+POISON_INT = {1: 0x7B, 2: 0x7BCD, 4: 0x7BCDEF01, 8: 0x7BCDEF01}
+_EMPTY = ("empty.memory_format", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
+
+
+def poison_(tensor: Tensor) -> Tensor:
+    """Overwrite with NaN (floating formats, all bits of the fp8 code set) or with a large number (integers)."""
+    if tensor.dtype.is_floating_point:
+        if tensor.element_size() == 1:
+            tensor.view(torch.uint8).fill_(0x7F)  # NaN in e4m3fn and in e5m2
+        else:
+            tensor.fill_(float("nan"))
+    elif tensor.dtype == torch.bool:
+        tensor.fill_(True)
+    elif not tensor.dtype.is_complex:
+        tensor.fill_(POISON_INT[tensor.element_size()])
+    return tensor
+
+
+@dataclass
+class Allocation:
+    """One tensor that an operator returned in memory of its own."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass
+class Trace:
+    """Everything one call did, in order."""
+
+    launches: list[str] = field(default_factory=list)  #: names of Triton kernels
+    ops: list[str] = field(default_factory=list)  #: torch operators
+    allocations: list[Allocation] = field(default_factory=list)
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(a.nbytes for a in self.allocations)
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "launches": list(self.launches),
+            "operators": len(self.ops),
+            "allocations": len(self.allocations),
+            "allocated_bytes": self.allocated_bytes,
+        }
+
+
+class Tracing(TorchDispatchMode):
+    """`with Tracing() as trace:` records what this thread does, and poisons uninitialised memory."""
+
+    def __init__(self, poison: bool = True) -> None:
+        super().__init__()
+        self.poison, self.trace = poison, Trace()
+
+    def __enter__(self) -> Trace:  # type: ignore[override]
+        super().__enter__()
+        _watch(self._launched)
+        return self.trace
+
+    def __exit__(self, *error) -> None:
+        _unwatch(self._launched)
+        super().__exit__(*error)
+
+    def _launched(self, name: str) -> None:
+        self.trace.launches.append(name)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__
+        self.trace.ops.append(name)
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.numel() and _storage(tensor) not in given:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                size = tensor.numel() * tensor.element_size()
+                self.trace.allocations.append(Allocation(name, tuple(tensor.shape), kind, size))
+                if self.poison and name.startswith(_EMPTY):
+                    poison_(tensor)
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+_watchers: list = []
+_hooked = False
+
+
+def _watch(callback) -> None:
+    """Call back with the name of every Triton kernel launched, compiled or interpreted."""
+    global _hooked
+    _watchers.append(callback)
+    if _hooked:
+        return
+    _hooked = True
+    import triton
+
+    def entered(metadata) -> None:
+        _tell(metadata.get()["name"])
+
+    triton.knobs.runtime.launch_enter_hook.add(entered)
+    # Launch hooks are not called by the interpreter: watch it where it starts a grid.
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def watched(self, *args, **kwargs):
+        _tell(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    GridExecutor.__call__ = watched
+
+
+def _unwatch(callback) -> None:
+    _watchers.remove(callback)
+
+
+def _tell(name: str) -> None:
+    for callback in _watchers:
+        callback(name)

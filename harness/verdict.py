@@ -1,0 +1,51 @@
+"""What came of one case on one backend: the record that the summary, the results file and the report are made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+#: passed, failed: judged. mistrusted: matched, but the output proves little. unsupported: declared, with a reason of
+#: backend.UNSUPPORTED. crashed: an exception, or the device was lost. hung: the time limit.
+STATUSES = ("passed", "failed", "mistrusted", "unsupported", "crashed", "hung")
+GREEN = ("passed", "mistrusted", "unsupported")
+
+
+@dataclass
+class Verdict:
+    """One verdict. `budget` is the share of the error budget used by the worst statistic: above 1 is a failure."""
+
+    case: str
+    backend: str
+    device: str
+    status: str
+    family: str = ""
+    reason: str = ""  #: one line: what failed, or why it did not run
+    report: str = ""  #: many lines, for whoever has to mend it
+    budget: float = 0.0
+    statistic: str = ""
+    plan: str = ""
+    seconds: float = 0.0
+    calls: int = 0  #: calls of the backend that were judged
+    trace: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status={self.status!r}: one of {', '.join(STATUSES)}")
+
+    @property
+    def green(self) -> bool:
+        return self.status in GREEN
+
+    @property
+    def reproduce(self) -> str:
+        """The one line that runs this case again."""
+        device = self.device.split()[0]
+        return f"python3 -m harness run {self.case} --backend {self.backend} --device {device}"
+
+    def record(self) -> dict[str, Any]:
+        """JSON-ready: infinities become the string "inf"."""
+        found = asdict(self) | {"reproduce": self.reproduce}
+        found["budget"] = self.budget if math.isfinite(self.budget) else "inf"
+        return found

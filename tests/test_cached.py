@@ -1,0 +1,475 @@
+"""kernels/cached.py: one build, and never a stale, mixed or lingering weight, whatever happens to the layer."""
+
+import gc
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import timeit
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from kernels.cached import CachedFusedMoE, TritonCachedMoE
+
+E, K, I, TOP = 4, 48, 16, 2
+
+
+@dataclass
+class Scheme:
+    weight: str
+    activation: object
+
+
+def make_problem(**changes):
+    fields = dict(
+        tokens=6, hidden_size=K, intermediate_size=I, num_experts=E, top_k=TOP, dtype="bf16", quant=None,
+        activation="silu", limit=None, bias=False, router_weight_on_input=False, layout="kn", ep=None,
+        invalid_ids=False, shared_experts=0,
+    )  # fmt: skip
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def tensors(seed=0, experts=E):
+    rng = torch.Generator().manual_seed(seed)
+    w13 = torch.randn(experts, K, 2 * I, generator=rng) / math.sqrt(K)
+    return w13.bfloat16(), (torch.randn(experts, I, K, generator=rng) / math.sqrt(I)).bfloat16()
+
+
+def make_layer(seed=0, **changes):
+    w13, w2 = tensors(seed)
+    absent = dict.fromkeys(("w13_scale", "w2_scale", "w13_bias", "w2_bias", "a13_scale", "a2_scale", "expert_map"))
+    return SimpleNamespace(**{**absent, "problem": make_problem(), "w13": w13, "w2": w2, **changes})
+
+
+def make_call(tokens=6, top_k=TOP, experts=E):
+    rng = torch.Generator().manual_seed(tokens)
+    ids = torch.rand(tokens, experts, generator=rng).argsort(1)[:, :top_k].int()
+    return torch.randn(tokens, K, generator=rng).bfloat16(), torch.rand(tokens, top_k, generator=rng), ids
+
+
+class Launch:
+    """Stands for the Triton kernels: the same arguments, a naive layer. Keeps the arguments that are no tensors."""
+
+    def __init__(self):
+        self.seen, self.between = [], lambda: None
+
+    def __call__(self, x, w13, w2, weights, ids, *, activation, out, expert_map, w13_scale, w13_bias, **rest):
+        self.seen.append({"activation": activation, **{k: v for k, v in rest.items() if not torch.is_tensor(v)}})
+        act = {"silu": F.silu, "gelu": F.gelu}[activation]
+        local = ids.long() if expert_map is None else expert_map.long()[ids.long()]
+        scale = torch.ones(len(w13)) if w13_scale is None else w13_scale
+        total = torch.zeros(out.shape)
+        first = [
+            [x[t].float() @ w13[e].float() * scale[e] if (e := int(local[t, j])) >= 0 else None for j in range(ids.shape[1])]
+            for t in range(len(x))
+        ]
+        self.between()  # GEMM 1 has read its weights, GEMM 2 has not
+        for t in range(len(x)):
+            for j, h in enumerate(first[t]):
+                if h is not None:
+                    gate, up = (h if w13_bias is None else h + w13_bias[local[t, j]].float()).chunk(2)
+                    total[t] += weights[t, j] * ((act(gate) * up) @ w2[local[t, j]].float())
+        out.copy_(total)
+
+
+def answer(layer, call):
+    """What a new instance, built for the layer as it is now, computes."""
+    out = torch.full_like(call[0], math.nan)
+    CachedFusedMoE(layer, Launch(), Scheme).apply(out, *call)
+    return out
+
+
+def apply(instance, call):
+    out = torch.full_like(call[0], math.nan)
+    assert instance.apply(out, *call) is None
+    return out
+
+
+def test_one_build_serves_all_calls_of_an_unchanged_layer():
+    layer, launch = make_layer(), Launch()
+    instance = CachedFusedMoE(layer, launch)
+    assert instance.builds == 0, "built lazily"
+    for tokens in (6, 1, 17, 6, 0):
+        call = make_call(tokens)
+        assert torch.equal(apply(instance, call), answer(layer, call))
+    layer.problem = make_problem(tokens=17)  # an equal configuration: the batch is none of its business
+    apply(instance, make_call())
+    assert instance.builds == 1 and len(launch.seen) == 5, "0 tokens launch nothing"
+
+
+def rebind_data(layer):
+    layer.w13.data = tensors(9)[0]
+
+
+def new_parameters(layer):
+    layer.w13, layer.w2 = (torch.nn.Parameter(t) for t in tensors(9))
+
+
+def bigger(layer):
+    layer.w13, layer.w2 = tensors(9, experts=E + 3)
+    layer.problem = make_problem(num_experts=E + 3)
+
+
+def half_precision(layer):
+    layer.w13, layer.w2 = layer.w13.half().mul_(2), layer.w2.half()
+    layer.problem = make_problem(dtype="fp16")
+
+
+def expert_parallel(layer):
+    layer.w13, layer.w2 = layer.w13[:2] * 2, layer.w2[:2]
+    layer.expert_map, layer.problem = torch.tensor([1, -1, 0, -1]).int(), make_problem(ep=SimpleNamespace(size=2, rank=0))
+
+
+def new_activation(layer):
+    layer.problem.activation = "gelu"  # in place: the problem is the same object
+
+
+def biases(layer):
+    layer.w13_bias, layer.w2_bias, layer.problem.bias = torch.ones(E, 2 * I), torch.zeros(E, K), True
+
+
+def restride(layer):
+    layer.w2.data = layer.w2.transpose(1, 2).contiguous().transpose(1, 2) * 2
+
+
+@pytest.mark.parametrize(
+    "change", [rebind_data, new_parameters, bigger, half_precision, expert_parallel, new_activation, biases, restride]
+)
+def test_whatever_is_replaced_is_followed(change):
+    layer, launch = make_layer(), Launch()
+    instance, call = CachedFusedMoE(layer, launch), make_call()
+    before = apply(instance, call)
+    change(layer)
+    if layer.problem.dtype == "fp16":
+        call = (call[0].half(), *call[1:])
+    after = apply(instance, call)
+    assert torch.equal(after, answer(layer, call)) and not torch.equal(after.float(), before.float())
+    assert instance.builds == 2
+    apply(instance, call)
+    assert instance.builds == 2
+
+
+def test_a_new_top_k_is_followed_and_a_wrong_one_refused():
+    layer = make_layer()
+    instance = CachedFusedMoE(layer, Launch())
+    apply(instance, make_call())
+    with pytest.raises(ValueError, match=r"topk_weights is .*\[6, 3\].*\[6, 2\]"):
+        apply(instance, make_call(top_k=3))
+    layer.problem = make_problem(top_k=3)
+    call = make_call(top_k=3)
+    assert torch.equal(apply(instance, call), answer(layer, call)) and instance.builds == 2
+
+
+def write_copy(layer):
+    layer.w13.copy_(tensors(9)[0])
+
+
+def write_data(layer):
+    layer.w13.data.copy_(tensors(9)[0])
+
+
+def write_inference(layer):
+    with torch.inference_mode():
+        layer.w2.mul_(3)
+
+
+def write_expert(layer):
+    layer.w2[1:].zero_()
+
+
+@pytest.mark.parametrize("write", [write_copy, write_data, write_inference, write_expert])
+def test_writes_in_place_are_seen_without_a_build(write):
+    layer = make_layer()
+    instance, call = CachedFusedMoE(layer, Launch()), make_call()
+    before = apply(instance, call)
+    write(layer)
+    after = apply(instance, call)
+    assert torch.equal(after, answer(layer, call)) and not torch.equal(after, before)
+    assert instance.builds == 1
+
+
+def test_inference_tensors_serve():
+    with torch.inference_mode():
+        layer = make_layer()
+        call = make_call()
+        instance = CachedFusedMoE(layer, Launch())
+        first = apply(instance, call)
+        layer.w13.mul_(2)
+        assert not torch.equal(apply(instance, call), first)
+    assert torch.equal(apply(instance, call), answer(layer, call)) and instance.builds == 1
+
+
+def test_a_tensor_freed_and_allocated_again_at_the_same_address_is_another():
+    # One buffer plays the allocator: the old tensor is gone, the new one has its address, shape and stride.
+    memory = torch.empty(E * K * 2 * I, dtype=torch.bfloat16)
+    layer = make_layer()
+    layer.w13 = memory.view(E, K, 2 * I).copy_(tensors(1)[0])
+    instance, call = CachedFusedMoE(layer, Launch()), make_call()
+    apply(instance, call)
+    address = layer.w13.data_ptr()
+    del layer.w13
+    gc.collect()
+    layer.w13 = memory.view(E, K, 2 * I).copy_(tensors(2)[0])
+    assert layer.w13.data_ptr() == address
+    assert torch.equal(apply(instance, call), answer(layer, call)) and instance.builds == 2
+
+
+def test_offloaded_weights_are_named_and_restored_ones_used():
+    layer = make_layer()
+    instance, call = CachedFusedMoE(layer, Launch()), make_call()
+    before, kept = apply(instance, call), layer.w13
+    layer.w13, layer.w2 = layer.w13.to("meta"), layer.w2.to("meta")
+    with pytest.raises(ValueError, match="hidden_states is on cpu; the layer's weights are on meta"):
+        apply(instance, call)
+    layer.w2 = tensors()[1]
+    with pytest.raises(ValueError, match="w2 is on cpu, w13 on meta"):
+        apply(instance, call)
+    layer.w13 = kept.clone()
+    assert torch.equal(apply(instance, call), before)
+
+
+def test_swapped_weights_are_released_at_once():
+    layer = make_layer()
+    layer.w13, layer.w2 = torch.nn.Parameter(layer.w13), torch.nn.Parameter(layer.w2)
+    instance, call = CachedFusedMoE(layer, Launch()), make_call()
+    apply(instance, call)
+    tensor, storage = weakref.ref(layer.w13), StorageWeakRef(layer.w2.untyped_storage())
+    layer.w13 = torch.nn.Parameter(tensors(9)[0])
+    layer.w2.data = tensors(9)[1]
+    gc.collect()
+    assert tensor() is None and storage.expired(), "the instance keeps replaced weights alive"
+    assert torch.equal(apply(instance, call), answer(layer, call))
+
+
+def test_sixteen_threads_race_the_first_apply():
+    class SlowProblem(SimpleNamespace):
+        def __getattribute__(self, name):
+            if name == "num_experts":
+                threading.Event().wait(0.001)  # hands the interpreter to the other threads in the middle of a build
+            return super().__getattribute__(name)
+
+    layer = make_layer(problem=SlowProblem(**vars(make_problem())))
+    instance, calls, start = CachedFusedMoE(layer, Launch()), [make_call(tokens) for tokens in range(1, 17)], threading.Barrier(16)
+    got = [None] * 16
+
+    def work(i):
+        start.wait()
+        got[i] = apply(instance, calls[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert instance.builds == 1
+    layer.problem = make_problem()
+    assert all(torch.equal(g, answer(layer, c)) for g, c in zip(got, calls))
+
+
+@pytest.mark.parametrize("change", [rebind_data, new_parameters])
+def test_a_swap_in_the_middle_of_a_call_does_not_reach_it(change):
+    layer, launch, call = make_layer(), Launch(), make_call()
+    instance, before = CachedFusedMoE(layer, launch), answer(layer, call)
+    # Both tensors change between the two products.
+    launch.between = lambda: (change(layer), setattr(layer.w2, "data", tensors(9)[1]))
+    assert torch.equal(apply(instance, call), before)
+    launch.between = lambda: None
+    assert torch.equal(apply(instance, call), answer(layer, call))
+
+
+def test_calls_during_swaps_see_one_version_or_the_other():
+    versions = [make_layer(seed) for seed in (1, 2)]
+    call = make_call(2)
+    right = [answer(v, call) for v in versions]
+    layer = make_layer(1)
+    instance, stop = CachedFusedMoE(layer, Launch()), threading.Event()
+
+    def swap():
+        n = 0
+        while not stop.is_set():
+            n += 1
+            with instance.swap():
+                layer.w13 = versions[n % 2].w13
+                stop.wait(0.0005)  # the writer is stopped half way
+                layer.w2 = versions[n % 2].w2
+            stop.wait(0.0005)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        seen = [apply(instance, call) for _ in range(150)]
+    finally:
+        stop.set()
+        thread.join()
+    which = {[torch.equal(out, r) for r in right].index(True) if any(torch.equal(out, r) for r in right) else -1 for out in seen}
+    assert which == {0, 1}
+
+
+def test_a_layer_that_changes_while_it_is_read_is_read_again():
+    class Swapping(SimpleNamespace):
+        armed = False
+
+        def __getattribute__(self, name):
+            if name == "w2" and type(self).armed:  # w13 has been read, w2 has not: another thread replaces both
+                type(self).armed = False
+                self.w13, self.w2 = tensors(9)
+            return super().__getattribute__(name)
+
+    layer, call = Swapping(**vars(make_layer())), make_call()
+    instance = CachedFusedMoE(layer, Launch())
+    apply(instance, call)
+    Swapping.armed = True
+    assert torch.equal(apply(instance, call), answer(layer, call))
+
+
+def fp8_layer(**quant):
+    layer = make_layer()
+    scheme = SimpleNamespace(**{"weight_format": "e4m3", "weight": "tensor", "activation": "token", **quant})
+    layer.problem = make_problem(quant=scheme)
+    layer.w13, layer.w2 = layer.w13.to(torch.float8_e4m3fn), layer.w2.to(torch.float8_e4m3fn)
+    layer.w13_scale, layer.w2_scale = torch.rand(E) + 0.5, torch.rand(E) + 0.5
+    return layer
+
+
+def test_activations_are_never_quantized():
+    layer, launch = fp8_layer(), Launch()
+    layer.a13_scale = layer.a2_scale = torch.ones(1)
+    instance, call = CachedFusedMoE(layer, launch, Scheme), make_call()
+    first = apply(instance, call)
+    assert launch.seen[-1]["fp8"] == Scheme("tensor", None) and launch.seen[-1]["a13_scale"] is launch.seen[-1]["a2_scale"] is None
+    layer.problem.quant.activation = "group"
+    assert torch.equal(apply(instance, call), first) and instance.builds == 1
+    layer.w13_scale = layer.w13_scale * 2
+    assert not torch.equal(apply(instance, call), first) and instance.builds == 2
+
+
+def test_the_launch_gets_the_resolved_configuration():
+    layer, launch = make_layer(), Launch()
+    apply(CachedFusedMoE(layer, launch), make_call())
+    want = dict(
+        activation="silu", limit=None, alpha=1.702, fp8=None, num_experts=E, layout="kn", path="auto",
+        apply_router_weight_on_input=False, w2_scale=None, w2_bias=None, a13_scale=None, a2_scale=None,
+    )  # fmt: skip
+    assert launch.seen == [want]
+    layer.problem.activation = "swigluoai"
+    with pytest.raises(KeyError):  # the stand-in has no swigluoai
+        apply(CachedFusedMoE(layer, launch), make_call())
+    assert launch.seen[-1]["limit"] == 7.0
+
+
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        (lambda l: setattr(l, "w13", l.w13.transpose(1, 2).contiguous()), "w13 is .*layout 'kn'"),
+        (lambda l: setattr(l.problem, "hidden_size", 64), "Hidden size mismatch 64 != 48"),
+        (lambda l: setattr(l.problem, "layout", "nk"), "layout 'nk'"),
+        (lambda l: setattr(l.problem, "num_experts", 5), "w13 has 4 experts without expert_map; problem.num_experts=5"),
+        (lambda l: setattr(l.problem, "bias", True), "w13_bias is missing with problem.bias=True"),
+        (lambda l: setattr(l, "w2", l.w2.half()), "w2 is torch.float16; problem bf16"),
+        (lambda l: setattr(l, "w2_scale", torch.ones(E)), "w2_scale is .*granularity=None"),
+        (lambda l: setattr(l.problem, "dtype", "fp64"), "problem.dtype='fp64'"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused_and_mended_ones_served(mistake, message):
+    layer, call = make_layer(), make_call()
+    instance, before = CachedFusedMoE(layer, Launch()), answer(make_layer(), call)
+    apply(instance, call)
+    mistake(layer)
+    for _ in range(2):  # not only the first time
+        with pytest.raises(ValueError, match=message):
+            apply(instance, call)
+    vars(layer).update(vars(make_layer()))
+    assert torch.equal(apply(instance, call), before)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    instance, (x, weights, ids) = CachedFusedMoE(make_layer(), Launch()), make_call()
+    for bad, message in (
+        ((x, x.float(), weights, ids), r"hidden_states is torch.float32"),
+        ((x, x[:, :16], weights, ids), r"hidden_states is torch.bfloat16 \[6, 16\].*\[6, 48\]"),
+        ((x[:5], x, weights, ids), r"output is torch.bfloat16 \[5, 48\]"),
+        ((x, x, weights, ids[:5]), r"topk_ids is torch.int32 \[5, 2\]"),
+        ((x, x, weights, ids.to("meta")), "topk_ids is on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            instance.apply(*bad)
+
+
+def test_the_backend_is_the_cached_instance(monkeypatch):
+    backend, layer, call = TritonCachedMoE(), make_layer(), make_call()
+    assert backend.available() is None and backend.supports(layer.problem) is None
+    assert backend.supports(make_problem(layout="nk")).startswith("layout: ")
+    assert backend.supports(make_problem(shared_experts=1)).startswith("shared_experts: ")
+    prepared = backend.prepare(layer.problem, layer)
+    prepared.instance._launch = Launch()
+    out = prepared(*call)
+    assert torch.equal(out, answer(layer, call)) and prepared.instance.builds == 1
+    buffer = torch.empty_like(out)
+    assert prepared(*call, out=buffer) is buffer and torch.equal(buffer, out)
+
+
+def test_with_the_triton_kernels_themselves():
+    """fp8 blocks in layout kn through Triton's interpreter, in a process of its own: it must start with it."""
+    script = textwrap.dedent(
+        """
+        from harness import interpreter
+        interpreter.enable()
+        import torch
+        from harness.inputs import draw
+        from harness.problem import Case
+        from kernels.cached import TritonCachedMoE
+        backend = TritonCachedMoE()
+        for text in ("t5-h128-i128-e4-k2-bf16-e4m3.block.group-kn-bias-exact", "t3-h64-i64-e4-k1-bf16-ep2.1-kn-win-exact"):
+            case = Case.parse(text)
+            inputs, problem = draw(case), case.problem
+            call = backend.prepare(problem, inputs.handed)
+            got = call(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids)
+
+            # The exact fill: every way to compute it gives these bits.
+            layer, ids = inputs.layer, inputs.topk_ids.long()
+            ids = ids if layer.expert_map is None else layer.expert_map.long()[ids]
+            def expert(name, e):
+                w, scale = getattr(layer, name)[e].double(), getattr(layer, name + "_scale")
+                return w if scale is None else w * scale[e].repeat_interleave(128, 0).repeat_interleave(128, 1).double()
+            want = torch.zeros(got.shape, dtype=torch.double)
+            for t in range(problem.tokens):
+                for w, e in zip(inputs.topk_weights[t].double(), ids[t]):
+                    if e >= 0:
+                        x = inputs.hidden_states[t].double() * (w if problem.router_weight_on_input else 1)
+                        bias = (0, 0) if not problem.bias else (layer.w13_bias[e].double(), layer.w2_bias[e].double())
+                        gate, up = (expert("w13", e) @ x + bias[0]).chunk(2)
+                        y = expert("w2", e) @ (torch.nn.functional.silu(gate) * up) + bias[1]
+                        want[t] += y * (1 if problem.router_weight_on_input else w)
+            assert got.abs().max() > 0 and torch.equal(got, want.bfloat16()), (got, want)
+            inputs.handed.w2 = torch.zeros_like(inputs.handed.w2.view(torch.uint8)).view(inputs.handed.w2.dtype)
+            zeroed = call(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids)
+            assert call.instance.builds == 2 and not torch.equal(zeroed, got)
+            assert "quantize" in backend.expected_launches(problem)[1]
+        print("fine")
+        """
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=root, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip() == "fine", done.stderr[-2000:]
+
+
+def test_the_check_is_cheap(record_property):
+    """Not a gate on a shared machine but for orders of magnitude; it prints what the module's docstring says."""
+    full = fp8_layer()
+    full.w13_bias, full.w2_bias, full.problem.bias = torch.ones(E, 2 * I), torch.zeros(E, K), True
+    full.expert_map = torch.arange(E).int()
+    for name, layer in (("bf16, 2 tensors", make_layer()), ("fp8 with biases and expert_map, 7 tensors", full)):
+        instance, call = CachedFusedMoE(layer, lambda *a, **k: None, Scheme), make_call()
+        out = torch.empty_like(call[0])
+        check = min(timeit.repeat(instance.current, number=200, repeat=20)) / 200 * 1e6
+        whole = min(timeit.repeat(lambda: instance.apply(out, *call), number=200, repeat=20)) / 200 * 1e6
+        record_property(name, f"check {check:.1f} us, apply without its kernels {whole:.1f} us")
+        print(f"{name}: check {check:.1f} us, apply without its kernels {whole:.1f} us")
+        assert instance.builds == 1 and check < 1000

@@ -1,0 +1,510 @@
+"""The Triton kernels one by one, and the whole layer, against plain loops in torch. All on CPU tensors, interpreted."""
+
+from harness import interpreter
+
+interpreter.enable()
+
+import itertools  # noqa: E402
+import math  # noqa: E402
+import random  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from kernels.triton import backend  # noqa: E402
+from kernels.triton.activation import activate  # noqa: E402
+from kernels.triton.align import moe_align_block_size  # noqa: E402
+from kernels.triton.fused_moe import Fp8Scheme, fused_moe, permuted_moe, takes_low_latency_path  # noqa: E402
+from kernels.triton.permute import MoEPermuteScratch, moe_permute, moe_unpermute  # noqa: E402
+from kernels.triton.quant import AMAX_FLOOR, quantize_fp8  # noqa: E402
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Uninitialized memory holds what hurts most: NaN, and integers beyond every bound."""
+    allocate = torch.empty
+
+    def poison(tensor):
+        if tensor.dtype.itemsize == 1:
+            tensor.view(torch.uint8).fill_(0x7F)
+        else:
+            tensor.fill_(math.nan if tensor.is_floating_point() else 2**30)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(allocate(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda x, **k: poison(allocate(x.shape, dtype=x.dtype, device=x.device)))
+
+
+# --- alignment and permutation ---------------------------------------------------------------------------------------
+
+
+def local_ids(ids, num_experts, expert_map):
+    """Local expert of each pair as a list, -1 if invalid."""
+    known = [e if 0 <= e < num_experts else -1 for e in ids.flatten().tolist()]
+    return [int(expert_map[e]) if e >= 0 and expert_map is not None else e for e in known]
+
+
+def random_map(num_experts, generator):
+    """An expert map that keeps about half of the experts, in any order."""
+    mine = torch.randperm(num_experts, generator=generator)[: max(1, num_experts // 2)]
+    table = torch.full((num_experts,), -1, dtype=torch.int32)
+    table[mine] = torch.arange(len(mine), dtype=torch.int32)
+    return table
+
+
+def align_cases():
+    rng = random.Random(0)
+    for experts, tokens in itertools.product((1, 3, 8, 60, 200), (0, 1, 7, 90)):
+        yield experts, tokens, rng.randint(1, 4), rng.choice((1, 16, 64)), rng.choice((torch.int32, torch.int64))
+
+
+@pytest.mark.parametrize("ignore", (True, False))
+@pytest.mark.parametrize("mapped", (False, True))
+def test_align(mapped, ignore):
+    generator = torch.Generator().manual_seed(0)
+    for experts, tokens, top_k, block_size, dtype in align_cases():
+        ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=generator).to(dtype)
+        table = random_map(experts, generator) if mapped else None
+        before = ids.clone()
+        sorted_ids, expert_ids, used = moe_align_block_size(ids, block_size, experts, table, ignore)
+        local = local_ids(ids, experts, table)
+        places, blocks = [], []
+        for e in [*range(experts)] + ([] if ignore else [-1]):
+            mine = [pair for pair, expert in enumerate(local) if expert == e]
+            size = -(-len(mine) // block_size)
+            places += mine + [ids.numel()] * (size * block_size - len(mine))
+            blocks += [e] * size
+        assert used.tolist() == [len(places)]
+        assert sorted_ids.tolist() == places + [ids.numel()] * (len(sorted_ids) - len(places))
+        assert expert_ids.tolist() == blocks + [-1] * (len(expert_ids) - len(blocks))
+        assert torch.equal(ids, before)
+
+
+def test_align_worst_case_and_many_chunks():
+    ids = torch.arange(32).view(16, 2)  # every pair opens a block of its own
+    sorted_ids, expert_ids, used = moe_align_block_size(ids, 16, 32)
+    assert used.item() == len(sorted_ids) == 32 * 16 and expert_ids.tolist() == list(range(32))
+    ids = torch.randint(0, 5, (3000, 1), generator=torch.Generator().manual_seed(0))
+    sorted_ids, _, used = moe_align_block_size(ids, 1, 5)
+    assert torch.equal(sorted_ids.long(), torch.sort(ids.flatten(), stable=True).indices) and used.item() == 3000
+
+
+def test_align_thousand_experts():
+    ids = torch.tensor([[1023, 0], [1023, 511]])
+    sorted_ids, expert_ids, used = moe_align_block_size(ids, 16, 1024)
+    assert used.item() == 48 and expert_ids.tolist()[:3] == [0, 511, 1023] and sorted_ids[32:34].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("with_scratch", (False, True))
+@pytest.mark.parametrize("mapped", (False, True))
+def test_permute_round_trip(mapped, with_scratch):
+    generator = torch.Generator().manual_seed(1)
+    scratch = None
+    experts, top_k, size = 6, 3, 70
+    table = torch.tensor([-1, 0, -1, 1, 2, -1], dtype=torch.int32) if mapped else None
+    locals_ = 3 if mapped else experts
+    if with_scratch:
+        scratch = MoEPermuteScratch(
+            40, top_k, experts, locals_, device="cpu", hidden_size=size, hidden_dtype=torch.bfloat16
+        )
+    for tokens in (40, 1, 17, 0):
+        x = torch.randn(tokens, size, generator=generator).bfloat16()
+        ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=generator)
+        result = moe_permute(x, ids, experts, expert_map=table, scratch=scratch)
+        local = local_ids(ids, experts, table)
+        order = sorted((p for p, e in enumerate(local) if e >= 0), key=lambda p: local[p])
+        rest = tokens * top_k - len(order)
+        assert result.permuted_idx.tolist() == order + [-1] * rest
+        assert result.expert_ids.tolist() == [local[p] for p in order] + [-1] * rest
+        offsets = [sum(0 <= e < n for e in local) for n in range(locals_ + 1)]
+        assert result.expert_first_token_offset.tolist() == offsets
+        inverse = {p: r for r, p in enumerate(order)}
+        assert result.inv_permuted_idx.flatten().tolist() == [inverse.get(p, -1) for p in range(tokens * top_k)]
+        assert torch.equal(result.hidden_states[: len(order)], x[torch.tensor(order, dtype=torch.long) // top_k])
+        assert (result.hidden_states[len(order) :] == 0).all()
+        weights = torch.rand(tokens, top_k, generator=generator)
+        back = moe_unpermute(result.hidden_states, weights, result.inv_permuted_idx)
+        total = (weights * (torch.tensor(local).view(tokens, top_k) >= 0)).sum(1, keepdim=True)
+        torch.testing.assert_close(back.float(), x.float() * total, rtol=1e-2, atol=1e-5)
+
+
+def test_scratch_is_reused_without_allocation(monkeypatch):
+    scratch = MoEPermuteScratch(8, 2, 4, device="cpu", hidden_size=32, hidden_dtype=torch.float32)
+    x, ids = torch.ones(8, 32), torch.randint(0, 4, (8, 2))
+
+    def addresses():
+        return [t.data_ptr() for t in vars(moe_permute(x, ids, 4, scratch=scratch)).values()]
+
+    first = addresses()
+    for name in ("empty", "empty_like", "zeros", "full", "ones"):
+        monkeypatch.setattr(torch, name, lambda *a, **k: pytest.fail("allocated"))
+    assert addresses() == first
+
+
+def test_scratch_refuses_what_does_not_fit():
+    def make():
+        return MoEPermuteScratch(8, 2, 4, device="cpu", hidden_size=32, hidden_dtype=torch.float32)
+
+    x, ids = torch.ones(8, 32), torch.zeros(8, 2, dtype=torch.int32)
+    make().validate(x, ids)
+    bad = {
+        "num_tokens=9": (torch.ones(9, 32), torch.zeros(9, 2, dtype=torch.int32)),
+        "top_k=3": (x, torch.zeros(8, 3, dtype=torch.int32)),
+        "hidden_size=31": (torch.ones(8, 31), ids),
+        "dtype torch.float16": (x.half(), ids),
+        "dtype torch.int16": (x, ids.short()),
+        "topk_ids: stride": (x, torch.zeros(2, 8, dtype=torch.int32).T),
+    }
+    for message, (rows, table) in bad.items():
+        with pytest.raises(ValueError, match=message):
+            make().validate(rows, table)
+    scratch = make()
+    scratch.hidden_states = torch.ones(32, 16).T
+    with pytest.raises(ValueError, match="scratch.hidden_states: stride"):
+        moe_permute(x, ids, 4, scratch=scratch)
+    with pytest.raises(ValueError, match="num_experts=5"):
+        moe_permute(x, ids, 5, scratch=make())
+
+
+# --- activation and quantization --------------------------------------------------------------------------------------
+
+
+def reference_activation(h, name, limit, alpha=1.702):
+    """float64 h [.., 2I] -> [.., I]."""
+    if name == "relu2":
+        return h.clamp(min=0) ** 2
+    half = h.shape[-1] // 2
+    g, u = (h[..., 0::2], h[..., 1::2]) if name == "swigluoai" else (h[..., :half], h[..., half:])
+    limit = 7.0 if limit is None and name == "swigluoai" else limit
+    if limit is not None:
+        g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    if name == "swigluoai":
+        return g * torch.sigmoid(alpha * g) * (u + 1)
+    approximate = "tanh" if name == "gelu_tanh" else "none"
+    act = torch.nn.functional.silu(g) if name == "silu" else torch.nn.functional.gelu(g, approximate=approximate)
+    return act * u
+
+
+@pytest.mark.parametrize("limit", (None, 1.5))
+@pytest.mark.parametrize("name", ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2"))
+def test_activation(name, limit):
+    if name == "relu2" and limit:
+        pytest.skip("relu2 has no gate to clamp")
+    h = torch.randn(21, 600, generator=torch.Generator().manual_seed(0)) * 4
+    h[2, 5] = h[3, 405] = math.nan
+    ids = torch.arange(21, dtype=torch.int64) % 5 - 1
+    invalid = ids < 0
+    h[invalid] = math.nan
+    out = torch.empty(21, 600 if name == "relu2" else 300)
+    activate(h, out, name, limit, 1.702, ids, num_experts=4, num_local_experts=4)
+    expected = reference_activation(h.double(), name, limit)
+    expected[invalid] = 0
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ("silu", "gelu", "gelu_tanh", "swigluoai"))
+def test_gates_at_extremes(name):
+    g = torch.tensor([32.0, 33.5, 1e4, 3e38, -104.0, -110.0, -1e4, -3e38, 0.0, -0.0])
+    h = torch.stack([g, torch.zeros_like(g)], 1) if name == "swigluoai" else torch.stack([g, torch.ones_like(g)], 1)
+    out = torch.empty(len(g), 1)
+    ids = torch.zeros(len(g), dtype=torch.int32)
+    activate(h, out, name, float("inf"), 1.702, ids, num_experts=1, num_local_experts=1)
+    assert torch.equal(out.flatten()[:4], g[:4])
+    assert (out.flatten()[4:] == 0).all()
+
+
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("granularity", ("tensor", "token", "group"))
+def test_quantize(granularity, weighted):
+    x = torch.randn(19, 300, generator=torch.Generator().manual_seed(0)).bfloat16() * 30
+    x[3] = 0
+    x[4, 7] = math.nan
+    weight = torch.rand(19, generator=torch.Generator().manual_seed(1)) if weighted else None
+    codes, scale = quantize_fp8(x, granularity, router_weight=weight)
+    v = x.float() * weight[:, None] if weighted else x.float()
+    magnitude = v.nan_to_num(0.0).abs()
+    if granularity == "group":
+        padded = torch.nn.functional.pad(magnitude, (0, 84)).view(19, 3, 128)
+        amax = padded.amax(-1)
+    else:
+        amax = magnitude.amax(1) if granularity == "token" else magnitude.amax().view(1)
+    expected_scale = amax.clamp(min=AMAX_FLOOR) / 448.0
+    assert torch.equal(scale, expected_scale)
+    per_element = scale.repeat_interleave(128, 1)[:, :300] if granularity == "group" else scale.view(-1, 1)
+    expected = (v / per_element).clamp(-448, 448).to(E4M3)
+    assert torch.equal(codes.float().nan_to_num(999.0), expected.float().nan_to_num(999.0))
+    assert codes[4, 7].float().isnan() and codes.float().isnan().sum() == 1
+
+
+def test_quantize_static_saturates():
+    x = torch.tensor([[1.0, -1000.0, math.inf, math.nan]])
+    codes, scale = quantize_fp8(x, "tensor", torch.tensor([0.5]))
+    assert codes.float()[0, :3].tolist() == [2.0, -448.0, 448.0] and codes.float()[0, 3].isnan()
+    assert scale.tolist() == [0.5]
+    with pytest.raises(ValueError, match="top_k=2"):
+        quantize_fp8(x, "token", router_weight=torch.ones(1), top_k=2)
+
+
+# --- the layer ----------------------------------------------------------------------------------------------------------
+
+
+def fp8_weights(w, granularity, dtype):
+    """(codes, scale, dequantized float64) of w [E, N, K]."""
+    e, n, k = w.shape
+    pad = torch.nn.functional.pad(w.abs(), (0, -k % 128, 0, -n % 128))
+    amax = {
+        "tensor": lambda: w.abs().amax((1, 2)),
+        "channel": lambda: w.abs().amax(2),
+        "block": lambda: pad.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).amax((2, 4)),
+    }[granularity]()
+    scale = (amax / (448 if dtype == E4M3 else 57344)).float()
+    full = {
+        "tensor": lambda: scale[:, None, None].expand(e, n, k),
+        "channel": lambda: scale[:, :, None].expand(e, n, k),
+        "block": lambda: scale.repeat_interleave(128, 1)[:, :n].repeat_interleave(128, 2)[:, :, :k],
+    }[granularity]()
+    codes = (w / full).to(dtype)
+    return codes, scale, codes.double() * full.double()
+
+
+def dequantized(x, scheme, static=None):
+    """x [M, K] float64 -> what the kernel multiplies."""
+    if scheme is None or scheme.activation is None:
+        return x
+    codes, scale = quantize_fp8(x.float(), scheme.activation, static)
+    per = scale.repeat_interleave(128, 1)[:, : x.shape[1]] if scheme.activation == "group" else scale.view(-1, 1)
+    return codes.double() * per.double()
+
+
+def make(tokens=12, hidden=160, size=72, experts=6, top_k=2, dtype=torch.bfloat16, scheme=None, weight_dtype=E4M3,
+         activation="silu", limit=None, bias=False, layout="nk", mapped=False, invalid=False, static=False,
+         on_input=False, id_dtype=torch.int32, seed=0):  # fmt: skip
+    """(arguments, keywords, expected float64 output) of one layer call."""
+    g = torch.Generator().manual_seed(seed)
+    table, local = None, experts
+    if mapped:
+        table = random_map(experts, g)
+        local = int(table.max()) + 1
+    rows = size if activation == "relu2" else 2 * size
+    x = torch.randn(tokens, hidden, generator=g).to(dtype)
+    w13 = torch.randn(local, rows, hidden, generator=g) / math.sqrt(hidden)
+    w2 = torch.randn(local, hidden, size, generator=g) / math.sqrt(size)
+    ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(tokens)]).to(id_dtype)
+    if invalid:
+        ids[torch.rand(ids.shape, generator=g) < 0.4] = -1
+        ids[0] = -1
+    weights = torch.rand(tokens, top_k, generator=g) + 0.1
+    kw = dict(activation=activation, limit=limit, layout=layout, expert_map=table, fp8=scheme,
+              num_experts=experts, apply_router_weight_on_input=on_input)  # fmt: skip
+    if scheme:
+        w13, kw["w13_scale"], exact13 = fp8_weights(w13, scheme.weight, weight_dtype)
+        w2, kw["w2_scale"], exact2 = fp8_weights(w2, scheme.weight, weight_dtype)
+        if static:
+            kw["a13_scale"], kw["a2_scale"] = torch.tensor([0.01]), torch.tensor([0.02])
+    else:
+        w13, w2 = w13.to(dtype), w2.to(dtype)
+        exact13, exact2 = w13.double(), w2.double()
+    if bias:
+        kw["w13_bias"] = torch.randn(local, rows, generator=g).to(dtype)
+        kw["w2_bias"] = torch.randn(local, hidden, generator=g).to(dtype)
+
+    source = x.double() * weights.double() if on_input else x.double()
+    operand = dequantized(source, scheme, kw.get("a13_scale"))
+    expert_of = torch.tensor(local_ids(ids, experts, table)).view(tokens, top_k)
+    h = torch.zeros(tokens, top_k, rows, dtype=torch.float64)
+    for t, j in torch.nonzero(expert_of >= 0).tolist():
+        e = expert_of[t, j]
+        h[t, j] = exact13[e] @ operand[t] + (kw["w13_bias"][e].double() if bias else 0)
+    a = reference_activation(h.to(dtype).double(), activation, limit)
+    a = dequantized(a.to(dtype).double().view(tokens * top_k, -1), scheme, kw.get("a2_scale")).view(tokens, top_k, -1)
+    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for t, j in torch.nonzero(expert_of >= 0).tolist():
+        e = expert_of[t, j]
+        y = exact2[e] @ a[t, j] + (kw["w2_bias"][e].double() if bias else 0)
+        expected[t] += y * (1 if on_input else weights[t, j].double())
+    if layout == "kn":
+        w13, w2 = (w.transpose(1, 2).contiguous() for w in (w13, w2))
+        if scheme and scheme.weight == "block":
+            kw["w13_scale"], kw["w2_scale"] = (kw[n].transpose(1, 2).contiguous() for n in ("w13_scale", "w2_scale"))
+    return (x, w13, w2, weights, ids), kw, expected
+
+
+def check(result, expected, dtype):
+    # One ulp of storage in a handful of roundings; quantized activations may also flip a code.
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}[dtype]
+    assert result.dtype == dtype and torch.isfinite(result).all()
+    error = (result.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+RUNS = {
+    "aligned": lambda a, kw: fused_moe(*a, path="aligned", **kw),
+    "low_latency": lambda a, kw: fused_moe(*a, path="low_latency", **kw),
+    "permuted": lambda a, kw: permuted_moe(*a, **kw),
+}
+SCHEMES = [
+    Fp8Scheme(w, a)
+    for w, a in (("tensor", None), ("channel", None), ("block", None), ("tensor", "tensor"), ("channel", "token"),
+                 ("block", "group"), ("tensor", "group"), ("block", "token"))  # fmt: skip
+]
+OPTIONS = {
+    "plain": {},
+    "fp16": dict(dtype=torch.float16),
+    "fp32": dict(dtype=torch.float32),
+    "kn": dict(layout="kn"),
+    "bias": dict(bias=True),
+    "invalid": dict(invalid=True, bias=True),
+    "gelu": dict(activation="gelu"),
+    "gelu_tanh limit": dict(activation="gelu_tanh", limit=0.5),
+    "swigluoai kn": dict(activation="swigluoai", bias=True, layout="kn", id_dtype=torch.int64),
+    "relu2": dict(activation="relu2"),
+    "on input": dict(top_k=1, on_input=True, bias=True),
+    "on input fp8": dict(top_k=1, on_input=True, scheme=Fp8Scheme("tensor", "tensor")),
+    "static": dict(scheme=Fp8Scheme("tensor", "tensor"), static=True, bias=True),
+    "e5m2": dict(scheme=Fp8Scheme("channel", "token"), weight_dtype=E5M2),
+    "block kn invalid": dict(scheme=Fp8Scheme("block", "group"), layout="kn", invalid=True),
+    "tensor invalid": dict(scheme=Fp8Scheme("tensor", "tensor"), invalid=True),
+    "fp16 W8A16 e5m2": dict(dtype=torch.float16, scheme=Fp8Scheme("block", None), weight_dtype=E5M2),
+} | {f"fp8 {s.weight}-{s.activation}": dict(scheme=s) for s in SCHEMES}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_layer(option, run):
+    small = dict(tokens=3, experts=4) if run == "low_latency" else {}
+    arguments, keywords, expected = make(**(OPTIONS[option] | small))
+    before = [t.clone() for t in arguments]
+    result = RUNS[run](arguments, keywords)
+    check(result, expected, arguments[0].dtype)
+    for tensor, copy in zip(arguments, before):
+        assert torch.equal(tensor.view(torch.uint8), copy.view(torch.uint8))
+
+
+@pytest.mark.parametrize("run", ("aligned", "permuted"))
+@pytest.mark.parametrize("scheme", (None, Fp8Scheme("tensor", "tensor"), Fp8Scheme("block", "group")), ids=str)
+def test_expert_map(scheme, run):
+    arguments, keywords, expected = make(mapped=True, scheme=scheme, experts=9, invalid=True)
+    check(RUNS[run](arguments, keywords), expected, torch.bfloat16)
+
+
+def test_gate_up_boundary_inside_a_block():
+    arguments, keywords, expected = make(hidden=300, size=200, experts=2, scheme=Fp8Scheme("block", "group"))
+    check(fused_moe(*arguments, **keywords), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_strided_tensors_and_out(run):
+    (x, w13, w2, weights, ids), keywords, expected = make(tokens=4, experts=4)
+    wide = torch.full((4, 256), math.nan, dtype=x.dtype)
+    wide[:, :160] = x
+    gap = torch.full((4, *w13.shape[1:], 2), math.nan, dtype=x.dtype)
+    gap[..., 0] = w13
+    out = torch.empty(4, 200, dtype=x.dtype)[:, :160]
+    tables = weights.T.contiguous().T, ids.T.contiguous().T
+    result = RUNS[run]((wide[:, :160], gap[..., 0], w2, *tables), keywords | {"out": out})
+    assert result is out
+    check(out, expected, x.dtype)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("scheme", (None, Fp8Scheme("tensor", "tensor"), Fp8Scheme("block", "group")), ids=str)
+def test_nan_stays_in_its_row(scheme, run):
+    (x, *rest), keywords, _ = make(tokens=4, experts=4, scheme=scheme)
+    clean = RUNS[run]((x, *rest), keywords)
+    x[2, 17] = math.nan
+    result = RUNS[run]((x, *rest), keywords)
+    assert result[2].isnan().all() and torch.isfinite(result[[0, 1, 3]]).all()
+    if scheme is None or scheme.activation == "group":
+        assert torch.equal(result[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_nobody_and_nothing(run):
+    (x, w13, w2, weights, ids), keywords, _ = make(tokens=3, experts=4, scheme=Fp8Scheme("tensor", "tensor"))
+    result = RUNS[run]((x, w13, w2, weights, torch.full_like(ids, -1)), keywords)
+    assert (result == 0).all()
+    empty = RUNS[run]((x[:0], w13, w2, weights[:0], ids[:0]), keywords)
+    assert empty.shape == (0, 160)
+
+
+def test_repeatable_and_duplicate_ids():
+    (x, w13, w2, weights, ids), keywords, _ = make()
+    ids[:, 1] = ids[:, 0]
+    twice = fused_moe(x, w13, w2, weights, ids, **keywords)
+    assert torch.equal(twice, fused_moe(x, w13, w2, weights, ids, **keywords))
+    once = fused_moe(x, w13, w2, weights.sum(1, keepdim=True), ids[:, :1], **keywords)
+    torch.testing.assert_close(twice.float(), once.float(), rtol=3e-2, atol=3e-2)
+
+
+def test_low_latency_condition():
+    assert takes_low_latency_path(2, 2, 16, None)
+    assert not takes_low_latency_path(3, 2, 16, None)
+    assert not takes_low_latency_path(1, 1, 16, torch.zeros(16))
+
+
+def test_low_latency_launches_no_alignment(monkeypatch):
+    arguments, keywords, expected = make(tokens=1, experts=8)
+    monkeypatch.setattr("kernels.triton.fused_moe.moe_align_block_size", lambda *a, **k: pytest.fail("aligned"))
+    check(fused_moe(*arguments, **keywords), expected, torch.bfloat16)
+
+
+def broken_calls():
+    """message -> (exception, what to change in a good call)."""
+    return {
+        "Hidden size mismatch": (ValueError, lambda a, kw: a.__setitem__(0, a[0][:, :128].contiguous())),
+        "layout='nn'": (ValueError, lambda a, kw: kw.update(layout="nn")),
+        "Expert shape mismatch": (ValueError, lambda a, kw: a.__setitem__(2, a[2][..., 1:])),
+        "activation='mish'": (ValueError, lambda a, kw: kw.update(activation="mish")),
+        "limit=-1": (ValueError, lambda a, kw: kw.update(limit=-1.0)),
+        "topk_ids: dtype torch.int16": (TypeError, lambda a, kw: a.__setitem__(4, a[4].short())),
+        "topk_weights: dtype torch.bfloat16": (TypeError, lambda a, kw: a.__setitem__(3, a[3].bfloat16())),
+        "topk_weights: shape": (ValueError, lambda a, kw: a.__setitem__(3, a[3][:, :1])),
+        "w13: dtype torch.float32": (TypeError, lambda a, kw: a.__setitem__(1, a[1].float())),
+        "hidden_states: stride": (ValueError, lambda a, kw: a.__setitem__(0, a[0].T.contiguous().T)),
+        "top_k=2; valid: top_k=1": (ValueError, lambda a, kw: kw.update(apply_router_weight_on_input=True)),
+        "num_experts=9": (ValueError, lambda a, kw: kw.update(num_experts=9)),
+        "out: shape": (ValueError, lambda a, kw: kw.update(out=a[0][:1].clone())),
+        "out: dtype": (TypeError, lambda a, kw: kw.update(out=a[0].float())),
+        "shares memory": (ValueError, lambda a, kw: kw.update(out=a[0])),
+        "w2_bias: shape": (ValueError, lambda a, kw: kw.update(w2_bias=torch.zeros(6, 3))),
+        "w13_scale: given with fp8=None": (ValueError, lambda a, kw: kw.update(w13_scale=torch.ones(6))),
+        "expert_map: shape": (ValueError, lambda a, kw: kw.update(expert_map=torch.zeros(4, dtype=torch.int32))),
+    }
+
+
+@pytest.mark.parametrize("call", (fused_moe, permuted_moe))
+@pytest.mark.parametrize("message", broken_calls())
+def test_errors_name_the_field(message, call):
+    arguments, keywords, _ = make(tokens=2)
+    arguments = list(arguments)
+    kind, spoil = broken_calls()[message]
+    spoil(arguments, keywords)
+    with pytest.raises(kind, match=message):
+        call(*arguments, **keywords)
+
+
+# --- the backends ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ("TritonMoE", "TritonAlignedMoE", "TritonPermuteMoE"))
+def test_backend_follows_the_layer(name):
+    moe = getattr(backend, name)()
+    (x, w13, w2, weights, ids), _, expected = make()
+    problem = SimpleNamespace(
+        tokens=12, hidden_size=160, intermediate_size=72, num_experts=6, top_k=2, dtype="bf16", quant=None,
+        activation="silu", limit=None, bias=False, router_weight_on_input=False, layout="nk", ep=None, shared_experts=0,
+    )  # fmt: skip
+    names = ("w13_scale", "w2_scale", "w13_bias", "w2_bias", "a13_scale", "a2_scale", "expert_map")
+    layer = SimpleNamespace(problem=problem, w13=w13, w2=torch.zeros_like(w2), **dict.fromkeys(names))
+    call = moe.prepare(problem, layer)
+    assert (call(x, weights, ids) == 0).all()
+    layer.w2 = w2
+    check(call(x, weights, ids), expected, torch.bfloat16)
+    assert moe.supports(problem) is None
+    required, forbidden = moe.expected_launches(problem)
+    assert {"moe_gemm", "align"} <= required and not required & forbidden
+    problem.shared_experts = 1
+    assert moe.supports(problem).startswith("shared_experts:")
