@@ -125,15 +125,19 @@ def propagate(stages: Stages, experts: Experts, rounding: Rounding, slots: int) 
     quantized = stages.x_ratio is not None
     rows = stages.rows_by_expert()
 
-    def through(spread: Tensor, weights, power: int = 2) -> Tensor:
-        out = spread.new_zeros(len(spread), weights[0].shape[0])
+    def through(weights, *spreads: Tensor, power: int = 2) -> list[Tensor]:
+        """Each spread [P, n] times the weights to this power. Decoding a large layer costs: once for all of them."""
+        width = weights[0].shape[0]
+        out = [spread.new_zeros(len(spread), width) for spread in spreads]
         for e, mine in rows:
-            out[mine] = spread[mine] @ (weights[e].abs() ** power).T
+            factor = (weights[e].abs() ** power).T
+            for result, spread in zip(out, spreads):
+                result[mine] = spread[mine] @ factor
         return out
 
     # GEMM 1, its scales, bias and weight on input
     hidden = stages.x.shape[1]
-    squares = through(stages.x[stages.row] ** 2, experts.w13)
+    (squares,) = through(experts.w13, stages.x[stages.row] ** 2)
     v = summation(hidden, squares, stages.h, plan.accumulator)
     extra_ops = 4 * quantized + (experts.w13_bias is not None) + experts.router_weight_on_input
     v = v + FLOAT32_OP * extra_ops * stages.h**2
@@ -153,13 +157,14 @@ def propagate(stages: Stages, experts: Experts, rounding: Rounding, slots: int) 
 
     # GEMM 2, the router weight, the slot's store
     inter = stages.operand.shape[1]
-    noise = summation(inter, through(stages.operand**2, experts.w2), stages.y, plan.accumulator)
+    ties = [either] if either is not None else []
+    smooth = [spread.smooth] if repeat else []  # in mode U nothing flips: it is the total
+    squares, total, *more = through(experts.w2, stages.operand**2, spread.total, *ties, *smooth)
+    either = more[0] if ties else None
+    noise = summation(inter, squares, stages.y, plan.accumulator)
     noise = noise + FLOAT32_OP * (4 * quantized + 1 + (experts.w2_bias is not None)) * stages.y**2
-    jump = through(spread.step**8, experts.w2, 8) ** 0.125 if repeat else torch.zeros_like(stages.y)
-    spread = Spread(through(spread.total, experts.w2), through(spread.smooth, experts.w2), spread.flips, jump)
-    spread = spread.plus(noise)
-    if either is not None:
-        either = through(either, experts.w2)
+    jump = through(experts.w2, spread.step**8, power=8)[0] ** 0.125 if repeat else torch.zeros_like(stages.y)
+    spread = Spread(total, more[-1] if repeat else total, spread.flips, jump).plus(noise)
     weight = stages.weight[:, None]
     slot = stages.y
     if plan.weight == "before_store":
@@ -173,12 +178,16 @@ def propagate(stages: Stages, experts: Experts, rounding: Rounding, slots: int) 
         if plan.weight == "rounded":
             spread = spread.store(slot, _ulp(slot, io, spread.total), repeat)
 
+    # Slots of one token with the same expert make the same errors: they add up as deviations, not as variances.
+    repeated = _share_of_repeats(stages)[:, None]
+    spread = replace(spread.map(lambda v: v * repeated), step=spread.step * repeated)
+
     # The sum over top_k, and the final store, which the oracle never rounds
     def by_token(value: Tensor) -> Tensor:
         return torch.zeros_like(stages.out).index_add_(0, stages.token, value)
 
     power = by_token(slot**2)
-    variance, smooth = by_token(spread.total), by_token(spread.smooth)
+    variance, undisturbed = by_token(spread.total), by_token(spread.smooth)
     final = FLOAT32_OP * slots * power
     largest = torch.maximum(stages.out.abs(), power.sqrt())
     if plan.combine == "io":
@@ -188,9 +197,9 @@ def propagate(stages: Stages, experts: Experts, rounding: Rounding, slots: int) 
         0, stages.token[:, None].expand_as(slot), spread.step, "amax", include_self=True
     )
     flips = stages.out.new_zeros(len(stages.out)).index_add_(0, stages.token, spread.flips)
-    ties = by_token(either * weight**2).sqrt() if either is not None else torch.zeros_like(stages.out)
+    apart = by_token(either * weight**2 * repeated).sqrt() if either is not None else torch.zeros_like(stages.out)
     return Expected(
-        plan, "F" if repeat else "U", stages.out, variance + final, smooth + final, jump, flips, ties,
+        plan, "F" if repeat else "U", stages.out, variance + final, undisturbed + final, jump, flips, apart,
         stages.expert, stages.token, plan.accumulator.bits is None,
     )  # fmt: skip
 
@@ -229,6 +238,14 @@ def _activation(
     return out, either
 
 
+def _share_of_repeats(stages: Stages) -> Tensor:
+    """[P] (sum of the weights of all pairs of this token and expert) / (this pair's weight): 1 without repeats."""
+    pair = stages.token * (int(stages.expert.max()) + 1 if len(stages.expert) else 1) + stages.expert
+    _, group = pair.unique(return_inverse=True)
+    total = stages.weight.new_zeros(len(pair)).index_add_(0, group, stages.weight.abs())[group]
+    return torch.where(stages.weight != 0, total / stages.weight.abs().clamp(min=1e-300), 1.0)
+
+
 def _derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     with torch.enable_grad():
         at = at.detach().clone().requires_grad_(True)
@@ -236,7 +253,7 @@ def _derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return slope
 
 
-def _input_ties(stages: Stages, through: Callable[..., Tensor], experts: Experts) -> Tensor | None:
+def _input_ties(stages: Stages, through: Callable[..., list[Tensor]], experts: Experts) -> Tensor | None:
     """Variance in h from input codes so near a tie that amax/448, a reciprocal or a division may tip them.
 
     Their distance to the tie is known, so this is no average: within 4 u of it either code is right (+- half a step),
@@ -252,7 +269,7 @@ def _input_ties(stages: Stages, through: Callable[..., Tensor], experts: Experts
     if not near.any():
         return None
     variance = torch.where(near, (step * scale) ** 2, 0.0)
-    return through(variance[stages.row], experts.w13)
+    return through(experts.w13, variance[stages.row])[0]
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,14 @@ tl = None  #: triton.language, once `enable` has imported it: `_probe` finds it 
 def enable() -> None:
     """Make this process interpret Triton kernels, with the mends. Any number of calls.
 
-    Sets TRITON_INTERPRET=1. RuntimeError if Triton was imported without it: its standard library is then compiled
-    functions that interpreted kernels cannot call.
+    Sets TRITON_INTERPRET=1. RuntimeError if Triton was imported without it: what its standard library holds are then
+    functions to be compiled, which interpreted kernels cannot call.
     """
     global _enabled, tl
     if _enabled:
         return
-    if "triton.language" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    loaded = sys.modules.get("triton.language")
+    if loaded is not None and type(loaded.sum).__name__ != "InterpretedFunction":
         raise RuntimeError("Triton is already imported for compilation: call harness.interpreter.enable() before that")
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language

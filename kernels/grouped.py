@@ -168,7 +168,9 @@ def activate(h: Tensor, activation: str, limit: float | None) -> Tensor:
         limit = 7.0 if limit is None else limit
         gate, up = h[..., 0::2].clamp(max=limit), h[..., 1::2].clamp(-limit, limit)
         return gate * torch.sigmoid(1.702 * gate) * (up + 1)
-    functions = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh")}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
+    }  # fmt: skip
     if activation not in functions:
         raise ValueError(f"activation={activation!r}; valid: {', '.join(functions)}, swigluoai, relu2")
     gate, up = h.chunk(2, dim=-1)

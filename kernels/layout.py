@@ -13,6 +13,7 @@ are already in is refused, and so are shapes that the tag does not explain.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ def _convert(weights: ExpertWeights, target: str) -> ExpertWeights:
             f"weights are in layout {target!r} already (w13 {list(weights.w13.shape)}, w2 {list(weights.w2.shape)}); "
             f"converting again would transpose them back under the same tag"
         )
-    moved = {}
+    moved: dict[str, Any] = {}
     if weights.granularity == "block":
         assert weights.w13_scale is not None and weights.w2_scale is not None
         moved = {"w13_scale": _transposed(weights.w13_scale), "w2_scale": _transposed(weights.w2_scale)}

@@ -110,6 +110,8 @@ class Emulated:
         if problem.router_weight_on_input:
             plain, x = x, self.store(x * weight[:, :1], self.says("weighted_input", "accumulator").replace("accumulator", "-"), io)
             weight = torch.ones_like(weight)
+            if problem.shared_experts:  # they see the input as it came
+                x = torch.cat([x, plain])
         quantized = problem.quant.activation if problem.quant and self.says("quantizes_activations", True) else None
         static = quantized == "tensor_static"
         granularity = "tensor" if static else quantized
@@ -117,12 +119,14 @@ class Emulated:
             x = self.quantize(x, granularity, layer.a13_scale if static else None)
         token, slot = torch.nonzero(local >= 0, as_tuple=True)
         expert = local[token, slot]
+        own_row = problem.router_weight_on_input & (slot >= topk_ids.shape[1])
+        row = torch.where(own_row, token + len(hidden_states), token)
         order = sorted(expert.unique().tolist(), reverse=self.permute_experts)
         rows = {e: torch.nonzero(expert == e).flatten() for e in order}
         width = problem.w13_rows
         h = x.new_zeros(len(token), width)
         for e in order:
-            y = self.linear(x[token[rows[e]]], self.weights(layer, "w13", e))
+            y = self.linear(x[row[rows[e]]], self.weights(layer, "w13", e))
             h[rows[e]] = y if layer.w13_bias is None else y + layer.w13_bias[e].float()
         h = self.store(h, self.says("gate_up"), io)
         a = self.activation(h, problem, io)

@@ -69,8 +69,7 @@ class Launch:
         scale = torch.ones(len(w13)) if w13_scale is None else w13_scale
         total = torch.zeros(out.shape)
         first = [
-            [x[t].float() @ w13[e].float() * scale[e] if (e := int(local[t, j])) >= 0 else None for j in range(ids.shape[1])]
-            for t in range(len(x))
+            [row.float() @ w13[e].float() * scale[e] if e >= 0 else None for e in mine] for row, mine in zip(x, local.tolist())
         ]
         self.between()  # GEMM 1 has read its weights, GEMM 2 has not
         for t in range(len(x)):
@@ -258,8 +257,8 @@ def test_sixteen_threads_race_the_first_apply():
             return super().__getattribute__(name)
 
     layer = make_layer(problem=SlowProblem(**vars(make_problem())))
-    instance, calls, start = CachedFusedMoE(layer, Launch()), [make_call(tokens) for tokens in range(1, 17)], threading.Barrier(16)
-    got = [None] * 16
+    instance, start = CachedFusedMoE(layer, Launch()), threading.Barrier(16)
+    calls, got = [make_call(tokens) for tokens in range(1, 17)], [None] * 16
 
     def work(i):
         start.wait()
@@ -307,8 +306,8 @@ def test_calls_during_swaps_see_one_version_or_the_other():
     finally:
         stop.set()
         thread.join()
-    which = {[torch.equal(out, r) for r in right].index(True) if any(torch.equal(out, r) for r in right) else -1 for out in seen}
-    assert which == {0, 1}
+    which = [tuple(torch.equal(out, r) for r in right) for out in seen]
+    assert set(which) == {(True, False), (False, True)}, "a call mixed both, or one of them never ran"
 
 
 def test_a_layer_that_changes_while_it_is_read_is_read_again():
@@ -342,7 +341,8 @@ def test_activations_are_never_quantized():
     layer.a13_scale = layer.a2_scale = torch.ones(1)
     instance, call = CachedFusedMoE(layer, launch, Scheme), make_call()
     first = apply(instance, call)
-    assert launch.seen[-1]["fp8"] == Scheme("tensor", None) and launch.seen[-1]["a13_scale"] is launch.seen[-1]["a2_scale"] is None
+    assert launch.seen[-1]["fp8"] == Scheme("tensor", None)
+    assert launch.seen[-1]["a13_scale"] is None and launch.seen[-1]["a2_scale"] is None
     layer.problem.quant.activation = "group"
     assert torch.equal(apply(instance, call), first) and instance.builds == 1
     layer.w13_scale = layer.w13_scale * 2
@@ -425,7 +425,8 @@ def test_with_the_triton_kernels_themselves():
         from harness.problem import Case
         from kernels.cached import TritonCachedMoE
         backend = TritonCachedMoE()
-        for text in ("t5-h128-i128-e4-k2-bf16-e4m3.block.group-kn-bias-exact", "t3-h64-i64-e4-k1-bf16-ep2.1-kn-win-exact"):
+        fp8 = "t5-h128-i128-e4-k2-bf16-e4m3.block.group-kn-bias-exact"
+        for text in fp8, "t3-h64-i64-e4-k1-bf16-ep2.1-kn-win-exact":
             case = Case.parse(text)
             inputs, problem = draw(case), case.problem
             call = backend.prepare(problem, inputs.handed)

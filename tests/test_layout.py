@@ -1,5 +1,7 @@
 """kernels/layout.py: conversions are exact, happen once, and refuse what the layout tag does not explain."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from kernels.layout import ExpertWeights, to_kn, to_nk
 
 def weights(experts=2, hidden=256, inner=384, dtype=torch.bfloat16, granularity=None, gated=True, **changes):
     outer = inner * (2 if gated else 1)
-    made = {name: codes(shape, dtype) for name, shape in (("w13", (experts, outer, hidden)), ("w2", (experts, hidden, inner)))}
+    made = {"w13": codes((experts, outer, hidden), dtype), "w2": codes((experts, hidden, inner), dtype)}
     scales = {
         None: {},
         "tensor": {"w13_scale": torch.rand(experts), "w2_scale": torch.rand(experts)},
@@ -82,7 +84,8 @@ def test_the_mismatch_of_pull_request_40109():
     """Weights converted once, tagged as if they were not: vLLM's assertion was 'Hidden size mismatch 2048 != 384'."""
     moved = to_kn(weights(hidden=2048, inner=192))
     mistaken = ExpertWeights(moved.w13, moved.w2, "nk", hidden_size=2048, intermediate_size=192)
-    with pytest.raises(ValueError, match=r"Hidden size mismatch 2048 != 384: w13 is \[2, 2048, 384\].*shapes of layout 'kn'"):
+    message = r"Hidden size mismatch 2048 != 384: w13 is \[2, 2048, 384\].*shapes of layout 'kn'"
+    with pytest.raises(ValueError, match=message):
         to_kn(mistaken)
 
 
@@ -115,7 +118,7 @@ def test_block_scales_left_behind_are_noticed():
     """Weights transposed, their block scales not: the other half of the mistake."""
     moved = to_kn(weights(granularity="block"))
     with pytest.raises(ValueError, match=r"w13_scale is \[2, 6, 2\].*'kn' wants \[2, 2, 6\] for blocks"):
-        to_nk(ExpertWeights(**{**vars(moved), "w13_scale": weights(granularity="block").w13_scale, "block_shape": (128, 128)}))
+        to_nk(replace(moved, w13_scale=weights(granularity="block").w13_scale, block_shape=(128, 128)))
 
 
 def test_converted_weights_never_share_memory_with_the_original():

@@ -56,7 +56,8 @@ def make_layer(problem, experts=None, seed=0):
         w13, w2 = w13.transpose(1, 2).contiguous(), w2.transpose(1, 2).contiguous()
     return SimpleNamespace(
         problem=problem, w13=w13, w2=w2, w13_scale=None, w2_scale=None, a13_scale=None, a2_scale=None, expert_map=None,
-        w13_bias=normal(experts, outer) if problem.bias else None, w2_bias=normal(experts, hidden) if problem.bias else None,
+        w13_bias=normal(experts, outer) if problem.bias else None,
+        w2_bias=normal(experts, hidden) if problem.bias else None,
     )  # fmt: skip
 
 
@@ -168,8 +169,8 @@ def test_declared_roundings_are_those_performed(backend, changes, dtype):
 
     # Not all: float32 sums near a tie round the other way.
     assert equal(plan) > 0.97
-    coarse = {"gate_up": "fp32", "act_chain": False, "act": "fp32", "slot": "fp32", "weight": "after_store", "combine": "fp32"}
-    for name, fine in coarse.items():
+    finest = dict(gate_up="fp32", act_chain=False, act="fp32", slot="fp32", weight="after_store", combine="fp32")
+    for name, fine in finest.items():
         if plan[name] != fine:
             assert equal({**plan, name: fine}) < equal(plan) - 0.04, name
 
@@ -328,5 +329,6 @@ def test_the_package_called_kernels_changes_nothing(tmp_path):
         """
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    options = dict(capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], **options)
     assert done.returncode == 0 and done.stdout.strip() == "fine", done.stderr[-2000:]

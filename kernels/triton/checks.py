@@ -23,7 +23,7 @@ def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meani
 def require_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     """ValueError unless `tensor` lives on `device`."""
     if tensor.device != device:
-        raise ValueError(f"{name}: device {tensor.device}; valid: {device}, where hidden_states is")
+        raise ValueError(f"{name}: device {tensor.device}; valid: {device}, as the other tensors")
 
 
 def require_dense_rows(name: str, tensor: torch.Tensor) -> None:

@@ -10,10 +10,10 @@ BLOCK_TOKENS = 4
 BLOCK_COLS = 256
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _combine_kernel(
     slots_ptr, row_of_ptr, ids_ptr, expert_map_ptr, weights_ptr, out_ptr,
-    num_tokens, top_k, K, num_experts, num_local, stride_slot, stride_out,
+    num_tokens, num_rows, top_k, K, num_experts, num_local, stride_slot, stride_out,
     GATHER: tl.constexpr, HAS_MAP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def _combine_kernel(
         pairs = tokens * top_k + slot
         if GATHER:
             rows = tl.load(row_of_ptr + pairs, mask=inside, other=-1)
-            valid = rows >= 0
+            valid = (rows >= 0) & (rows < num_rows)
         else:
             rows = pairs
             valid = local_expert(ids_ptr, pairs, inside, expert_map_ptr, num_experts, num_local, HAS_MAP) >= 0
@@ -57,7 +57,7 @@ def moe_combine(
     """out [T, K] = sum over valid slots j, ascending, of (topk_weights[t, j] *) slots[row of (t, j)], in float32.
 
     slots [rows, K] with dense rows. The row of pair t * k + j is the pair itself, valid as topk_ids [T, k], num_experts
-    and expert_map say; or, if row_of int32 [T, k] is given, row_of[t, j], valid unless -1. Invalid rows are never read;
+    and expert_map say; or, if row_of int32 [T, k] is given, row_of[t, j], valid if slots has it. Invalid rows are never read;
     a token without a valid slot gets zeros. The tables must be contiguous. The caller has validated.
     """
     gather = row_of is not None
@@ -70,7 +70,7 @@ def moe_combine(
     _combine_kernel[grid](
         slots, pair_table, pair_table, pair_table if expert_map is None else expert_map,
         slots if topk_weights is None else topk_weights, out,
-        num_tokens, top_k, k, num_experts, num_local_experts, slots.stride(0), out.stride(0),
+        num_tokens, slots.shape[0], top_k, k, num_experts, num_local_experts, slots.stride(0), out.stride(0),
         GATHER=gather, HAS_MAP=expert_map is not None, HAS_WEIGHT=topk_weights is not None,
         BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_COLS=BLOCK_COLS,
     )  # fmt: skip

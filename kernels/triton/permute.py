@@ -217,8 +217,15 @@ def moe_unpermute(
     require_dtype("permuted_out", permuted_out, *HIDDEN_DTYPES)
     require_dense_rows("permuted_out", permuted_out)
     require_dtype("inv_permuted_idx", inv_permuted_idx, torch.int32)
+    if permuted_out.ndim != 2 or inv_permuted_idx.ndim != 2:
+        raise ValueError(
+            f"inv_permuted_idx: shape {tuple(inv_permuted_idx.shape)} with permuted_out {tuple(permuted_out.shape)}; "
+            "valid: [T, k] with [P, K]"
+        )
+    require_device("inv_permuted_idx", inv_permuted_idx, permuted_out.device)
     shape = (inv_permuted_idx.shape[0], permuted_out.shape[1])
     if topk_weights is not None:
+        require_device("topk_weights", topk_weights, permuted_out.device)
         require_dtype("topk_weights", topk_weights, torch.float32)
         require_shape("topk_weights", topk_weights, tuple(inv_permuted_idx.shape), "[T, k], as inv_permuted_idx")
         topk_weights = topk_weights.contiguous()
@@ -226,6 +233,7 @@ def moe_unpermute(
         out = torch.empty(shape, dtype=permuted_out.dtype, device=permuted_out.device)
     require_dtype("out", out, permuted_out.dtype)
     require_shape("out", out, shape, "[T, K]")
+    require_device("out", out, permuted_out.device)
     require_dense_rows("out", out)
     moe_combine(permuted_out, None, out, topk_weights=topk_weights, row_of=inv_permuted_idx.contiguous())
     return out

@@ -107,7 +107,7 @@ class _Transformers:
         if problem.activation not in _ACTIVATIONS:
             return f"activation: {problem.activation}; valid: {', '.join(_ACTIVATIONS)}"
         if family is _GPT_OSS and problem.dtype != "fp32":
-            return f"activation: GptOssExperts rounds alpha*gate, its sigmoid and up+1 to {problem.dtype} too: no plan says so"
+            return f"activation: GptOssExperts rounds alpha*gate, its sigmoid, up+1 to {problem.dtype}; no plan says so"
         if problem.bias and not family.bias:
             return f"bias: {family.experts} has none; only swigluoai's GptOssExperts does"
         if problem.router_weight_on_input:
@@ -116,7 +116,7 @@ class _Transformers:
             return "shared_experts: a module of their own in transformers"
         import_transformers("utils.import_utils")
         if find_spec(f"transformers.models.{family.model}") is None:
-            return f"activation: {problem.activation} with limit={problem.limit} needs {family.experts}, not in this version"
+            return f"activation: limit={problem.limit} needs {family.experts}, which this transformers does not have"
         return None
 
     def plans(self, problem: Any) -> list[dict]:
@@ -167,7 +167,7 @@ class Eager(_Transformers):
         # one_hot without a class for the sentinel (GptOss); the sentinel's class run as an expert (NemotronH).
         if _family(problem) in (_GPT_OSS, _UNGATED) and (problem.invalid_ids or problem.ep is not None):
             keyword = "invalid_ids" if problem.invalid_ids else "expert_map"
-            return f"{keyword}: the loop of {_family(problem).experts} fails on the sentinel of ids that are not served here"
+            return f"{keyword}: the loop of {_family(problem).experts} fails on the sentinel of slots not served here"
         return super().supports(problem)
 
     def plans(self, problem: Any) -> list[dict]:

@@ -1,0 +1,52 @@
+"""The layer itself: every tile edge, dtype, activation, routing and kind of id, one at a time around a common centre."""
+
+from harness.battery import sweep
+
+FAMILY = "layers"
+ROWS = {
+    **sweep("t{t}-h256-i128-e8-k2-bf16", "rows around the tiles of M", t=(1, 2, 15, 16, 17, 31, 32, 33, 63, 65)),
+    **sweep("t{t}-h128-i64-e4-k2-bf16", "experts that get more rows than the largest tile of M", t=(127, 129, 200)),
+    **sweep("t9-h{h}-i128-e4-k2-bf16", "hidden sizes around the tiles of K and N", h=(64, 80, 112, 136, 192, 248, 264, 384)),
+    **sweep("t9-h128-i{i}-e4-k2-bf16", "intermediate sizes around the tiles", i=(16, 32, 48, 72, 96, 120, 136, 192, 200)),
+    **sweep("t12-h256-i128-e{e}-k2-bf16", "expert counts around powers of two", e=(2, 3, 7, 15, 16, 17)),
+    **sweep("t6-h128-i64-e{e}-k2-bf16", "many experts: most are empty", e=(31, 33, 64, 100, 128, 257)),
+    **sweep("t12-h256-i128-e16-k{k}-bf16", "every top_k that models use", k=(1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)),
+    **sweep("t17-h256-i192-e8-k2-{d}", "dtypes", d=("fp16", "fp32")),
+    **sweep("t33-h320-i136-e5-k2-{d}", "dtypes with tails in all dimensions", d=("bf16", "fp16", "fp32")),
+    **sweep("t5-h256-i128-e8-k2-{d}-extreme", "rows of zeros, tiny, huge, NaN", d=("bf16", "fp16", "fp32")),
+    **sweep("t21-h192-i128-e8-k2-{d}-bias-extreme", "edges of the format with biases", d=("bf16", "fp16", "fp32")),
+    **sweep("t21-h256-i128-e8-k2-bf16-{q}-extreme", "edges of fp8: amax of a zero row, outliers, NaN in one row",
+            q=("e4m3.tensor.static", "e4m3.tensor.tensor", "e4m3.channel.token", "e4m3.block.group", "e5m2.block.none")),
+    **sweep("t16-h256-i128-e8-k2-{d}-{a}", "activations", d=("bf16", "fp16", "fp32"),
+            a=("gelu", "gelu_tanh", "swigluoai", "relu2", "swigluoai-limit128")),
+    **sweep("t16-h256-i128-e8-k2-bf16-{a}-limit{c}", "a clamp that bites", a=("", "gelu", "swigluoai"), c=(1, 2.5)),
+    **sweep("t16-h256-i128-e8-k2-bf16-{a}-limit128", "a clamp that bites an exact gate", a=("", "gelu", "gelu_tanh")),
+    **sweep("t16-h256-i128-e8-k{k}-{d}-bias", "biases are added once per slot, before its weight", k=(1, 2, 6), d=("bf16", "fp32")),
+    **sweep("t16-h256-i128-e8-k2-bf16-{a}-bias", "biases before each activation", a=("gelu", "swigluoai", "swigluoai-limit128", "relu2")),
+    **sweep("t24-h256-i128-e8-k2-bf16-{r}", "how tokens meet experts", r=("balanced", "skewed", "one", "half", "duplicate")),
+    **sweep("t24-h256-i128-e8-k2-{d}-{r}", "ids of -1: skipped, and their memory never read", d=("bf16", "fp32"), r=("invalid", "nobody")),
+    **sweep("t24-h256-i128-e8-k2-bf16-{r}-bias", "an unserved slot adds no bias either", r=("invalid", "nobody", "half")),
+    **sweep("t24-h256-i128-e8-k2-bf16-{q}-{r}", "scales of unserved rows", q=("e4m3.block.group", "e4m3.tensor.tensor"),
+            r=("invalid", "one", "half", "nobody")),
+    **sweep("t20-h256-i128-e8-k2-bf16-ep{p}-{r}", "expert_map: each rank's share, contiguous and strided",
+            p=("2.0", "2.1", "4.0", "4.3", "8.5", "2.1s", "4.2s"), r=("", "skewed")),
+    **sweep("t20-h256-i128-e8-k2-bf16-ep4.{p}-{r}", "expert_map with -1 ids, nobody here, everybody here",
+            p=(0, 3), r=("invalid", "remote", "one", "duplicate", "balanced")),
+    **sweep("t20-h256-i128-e8-k2-bf16-{q}-ep4.{p}-bias", "expert_map with scales and biases per local expert",
+            q=("", "e4m3.block.group", "e4m3.channel.token", "e4m3.tensor.tensor"), p=(0, 3)),
+    **sweep("t17-h256-i128-e8-k2-bf16-{o}", "int64 ids; rows of hidden_states further apart than they are long",
+            o=("ids64", "padded", "ids64-padded-invalid", "ids64-ep2.1")),
+    **sweep("t17-h256-i128-e8-k2-{d}-kn", "the transposed layout without scales", d=("bf16", "fp16", "fp32")),
+    **sweep("t17-h192-i96-e8-k2-bf16-kn-{o}", "the transposed layout with the rest", o=("bias", "ep2.1", "swigluoai", "relu2", "invalid", "padded")),
+    **sweep("t0-h256-i128-e8-k2-{d}", "no tokens at all", d=("bf16", "bf16-e4m3.block.group", "bf16-kn")),
+    **sweep("t40-h256-i128-e8-k2-{d}-repeat.bits", "the same bits every time", d=("bf16-random", "fp32-random", "bf16-e4m3.block.group-random")),
+    **sweep("t40-h256-i128-e8-k2-{d}-repeat.leak", "nothing is left of a call full of NaN", d=("bf16", "bf16-invalid", "bf16-e4m3.tensor.tensor", "bf16-ep2.1")),
+    **sweep("t16-h256-i128-e8-k2-{d}-batch.sizes", "batches that grow and shrink", d=("bf16", "bf16-e4m3.block.group", "fp32")),
+    **sweep("t16-h256-i128-e32-k2-{d}-batch.routings", "routings in turn", d=("bf16", "bf16-e4m3.channel.token")),
+    "t3-h256-i128-e512-k10-bf16": "more experts than any block of threads (aiter 4482: experts from 512 on were never scanned)",
+    "t2-h64-i32-e1000-k4-bf16": "expert count far from a power of two",
+}  # fmt: skip
+
+
+def test_layers(check):
+    check()

@@ -1,0 +1,424 @@
+"""The pytest plugin: every row of a family, on every device and backend, becomes one item; verdicts become a table.
+
+    -m / --device -> devices -> harness.device.start -> items (pytest_generate_tests) -> check() -> harness.check.run
+       -> verdict in the report's user_properties -> the controller: results file, table, floor
+
+Under pytest-xdist the workers choose devices and make items exactly as a single process does. A worker that is about to
+die cannot report: it leaves its last words in a file (`Notes`) that the controller reads.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+import torch
+from _pytest.mark.expression import Expression
+
+from harness import battery, results, summary
+from harness import device as devices
+from harness.backend import BackendError
+from harness.device import DEVICES, Device, DeviceLost
+from harness.problem import FILLS, Case, DescriptorError
+from harness.verdict import Verdict
+
+GRACE = 10  #: seconds after the time limit until a process that cannot even run Python any more is ended
+VERDICT = "moe_verdict"  #: the user property that carries a verdict from a worker to the controller
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("moe-harness", "moe-harness")
+    add = group.addoption
+    add("--device", action="append", default=[], choices=DEVICES, help="run on this device (repeatable; also: -m cuda)")
+    add("--backend", action="append", default=[], metavar="SPEC", help="a backend's name, or package.module:object")
+    add("--fill", action="append", default=[], choices=FILLS, help="only cases with this fill (repeatable)")
+    add("--seed", type=int, metavar="N", help="replaces the seed of every case")
+    add("--require-device", action="append", default=[], choices=DEVICES, help="an error if this device is not here")
+    add("--results", type=Path, metavar="PATH", help="append one JSON line for every verdict to this file")
+    add("--floor", type=Path, metavar="PATH", help="fail if fewer cases ran than this file wants (cases/floor.toml)")
+    add("--case-timeout", type=float, default=300, metavar="SECONDS", help="a case's time limit (300; 0: none)")
+
+
+# -- which devices ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Selection:
+    """The devices to run on, and one line for each that was asked for by name and is not here."""
+
+    devices: tuple[Device, ...]
+    remarks: tuple[str, ...] = ()
+
+
+def select_devices(markexpr: str, named: list[str], present: tuple[str, ...]) -> Selection:
+    """Devices of this machine for which -m can be true and that --device admits; an absent XPU is emulated."""
+    expression = _compile(markexpr)
+    mentioned = set(expression.names)
+    chosen, remarks = [], []
+    for name in DEVICES:
+        if (named and name not in named) or not expression.can_be_true({d: d == name for d in DEVICES}):
+            continue
+        explicit = name in named or name in mentioned or (name == "xpu" and "emulated" in mentioned)
+        if name in present:
+            chosen.append(Device(name))
+        elif explicit and name == "xpu":
+            chosen.append(Device("xpu", emulated=True))
+            remarks.append(f"xpu is EMULATED on the CPU by Triton's interpreter, nothing runs on an XPU: {devices.why_absent(name)}")
+        elif explicit:
+            remarks.append(f"nothing runs on {name}: {devices.why_absent(name)}")
+    return Selection(tuple(chosen), tuple(remarks))
+
+
+class MarkExpression:
+    """What -m says, as far as it can be known before there are items."""
+
+    def __init__(self, text: str) -> None:
+        self._expression = Expression.compile(text) if text else None
+        self.names: set[str] = set()
+        self._can_be_true({}, self.names)
+
+    def can_be_true(self, known: dict[str, bool]) -> bool:
+        """Whether it is true for some values of the names that are not known."""
+        return self._can_be_true(known, set())
+
+    def _can_be_true(self, known: dict[str, bool], seen: set[str]) -> bool:
+        if self._expression is None:
+            return True
+
+        def value(name: str, /, **_: Any) -> bool:
+            seen.add(name)
+            if name not in known:
+                raise _Unknown(name)
+            return known[name]
+
+        try:
+            return self._expression.evaluate(value)
+        except _Unknown as unknown:
+            # Both values are tried, also if the first will do: `seen` is then every name that matters.
+            tried = [self._can_be_true({**known, unknown.name: v}, seen) for v in (True, False)]
+            return any(tried)
+
+
+class _Unknown(Exception):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _compile(text: str) -> MarkExpression:
+    try:
+        return MarkExpression(text)
+    except (SyntaxError, ValueError) as error:  # pytest 8 raises a ParseError, which is neither in newer ones
+        raise pytest.UsageError(f"Wrong expression passed to '-m': {text}: {error}") from error
+
+
+# -- the state of a run -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Asked:
+    """One item: a case on a backend and a device."""
+
+    case: Case
+    family: str
+    device: Device
+    backend: Any
+    spec: str  #: what --backend calls it
+
+
+class Harness:
+    """One process's share of a run: the controller's, a worker's, or both at once without xdist."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.worker: dict[str, Any] | None = getattr(config, "workerinput", None)
+        option = config.option
+        self.selection = select_devices(option.markexpr, option.device, devices.present())
+        for name in option.require_device:
+            if name not in devices.present():
+                raise pytest.UsageError(f"--require-device {name}: {devices.why_absent(name)}")
+        devices.start({device.name for device in self.selection.devices})
+        if self.worker and self.worker["workercount"] > 1:
+            torch.set_num_threads(1)  # the workers share the cores: more threads would only wait for each other
+        self.stderr = os.fdopen(os.dup(2), "w")  # pytest's capture has not begun: this one reaches the terminal
+        self.records: list[dict[str, Any]] = []
+        self.missed: Counter[tuple[str, str, str]] = Counter()
+        self.environments: dict[str, dict[str, str]] = {}
+        self.lost = ""
+        self.floor: dict[str, dict[str, int]] = {}
+        self.results: results.Results | None = None
+        self.notes: Path | None = Path(self.worker["moe_notes"]) if self.worker else None
+        self._backends: list[tuple[str, Any]] = []
+        if not self.worker and not option.collectonly:
+            self._open_files()
+        if option.backend:
+            self._require_usable()
+
+    def _open_files(self) -> None:
+        option = self.config.option
+        try:
+            self.floor = results.read_floor(option.floor) if option.floor else {}
+            if option.results:
+                self.results = results.Results(option.results, results.commit(ROOT))
+        except results.ResultsError as error:
+            raise pytest.UsageError(str(error)) from error
+
+    def backends(self) -> list[tuple[str, Any]]:
+        """(spec, backend): loaded when first needed, so that tests without a battery need no kernels."""
+        from harness import backend
+
+        if not self._backends:
+            specs = self.config.option.backend
+            if any(":" in spec for spec in specs):
+                sys.path.append(str(self.config.invocation_params.dir))  # a kernel author's own directory
+            try:
+                found = backend.select(dict.fromkeys(specs))
+            except BackendError as error:
+                raise pytest.UsageError(str(error)) from error
+            self._backends = list(zip(dict.fromkeys(specs) or [b.name for b in found], found))
+        return self._backends
+
+    def _require_usable(self) -> None:
+        """A backend that was asked for by name must run on one device at least."""
+        for spec, backend in self.backends():
+            reasons = {str(device): self.unavailable(backend, device) for device in self.selection.devices}
+            if reasons and all(reasons.values()):
+                told = "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
+                raise pytest.UsageError(f"--backend {spec} cannot be used here: {told}")
+
+    def unavailable(self, backend: Any, device: Device) -> str | None:
+        from harness.backend import unavailable
+
+        if device.emulated and not getattr(backend, "xpu_contract", False):
+            return f"device: {backend.name} does not declare xpu_contract, so only a real XPU could run it"
+        return unavailable(backend, device)
+
+    def items(self, module: Any) -> Iterator[Asked]:
+        """The items of a family's module. Inputs are drawn once a case: cases come first, then devices, then backends."""
+        option = self.config.option
+        expression = MarkExpression(option.markexpr)
+        cases: dict[Case, list[Device]] = {}
+        for device in self.selection.devices:
+            for row in battery.rows(module, device):
+                if not option.fill or row.case.fill in option.fill:
+                    case = row.case if option.seed is None else row.case.change(seed=option.seed)
+                    found = cases.setdefault(case, [])
+                    found.append(device) if device not in found else None
+        usable = {
+            (device, spec): self.unavailable(backend, device)
+            for device in self.selection.devices
+            for spec, backend in self.backends()
+        }
+        for case, on in cases.items():
+            for device in on:
+                for spec, backend in self.backends():
+                    asked = Asked(case, module.FAMILY, device, backend, spec)
+                    reason = usable[device, spec]
+                    if reason is None:
+                        yield asked
+                    elif not (device.emulated and not option.backend and reason.startswith("device:")):
+                        marks = set(_marks(asked))
+                        self.missed[spec, str(device), reason] += _matches(expression, marks)
+
+    def environment(self, device: Device) -> dict[str, str]:
+        return _environment(device)
+
+    def record(self, found: dict[str, Any]) -> None:
+        """The controller: one more verdict."""
+        self.environments[found["device"]] = found["environment"]
+        self.records.append(found)
+        if self.results:
+            self.results.append(found)
+
+    def note(self, **words: Any) -> None:
+        """A worker: what the controller should know if nothing more is heard of it."""
+        if self.worker and self.notes:
+            (self.notes / f"{self.worker['workerid']}.json").write_text(json.dumps(words))
+
+    def end_process(self, found: dict[str, Any]) -> None:
+        """The verdict after which this process cannot go on: recorded, said, and out, whatever else is stuck."""
+        if self.worker:
+            self.note(nodeid=found["nodeid"], record=found)
+        elif self.results:
+            self.results.append(found)
+        told = f"{found['status']}: {found['reason']}\n{found['reproduce']}\n"
+        told += "" if self.worker else "This ended the whole run; with pytest-xdist, -n 1 goes on in a new process.\n"
+        self.stderr.write("\n" + told)
+        self.stderr.flush()
+        os._exit(1)
+
+
+@cache
+def _environment(device: Device) -> dict[str, str]:
+    return devices.environment(device)
+
+
+def _marks(asked: Asked) -> list[str]:
+    return [asked.device.name, asked.family, asked.case.fill, *(["emulated"] if asked.device.emulated else [])]
+
+
+def _matches(expression: MarkExpression, marks: set[str]) -> bool:
+    return expression.can_be_true({name: name in marks for name in expression.names})
+
+
+KEY: pytest.StashKey[Harness] = pytest.StashKey()
+
+
+# -- hooks: start and collection --------------------------------------------------------------------------------------
+def pytest_configure(config: pytest.Config) -> None:
+    own = [f"{name}: runs on this device" for name in DEVICES]
+    own += [f"{fill}: inputs are drawn this way (harness/inputs.py)" for fill in FILLS]
+    own += ["emulated: a device's contract, run on the CPU by Triton's interpreter"]
+    if getattr(config.option, "markers", False):
+        own += [f"{module.FAMILY}: a family of cases" for module in battery.families()]
+    for line in own:
+        config.addinivalue_line("markers", line)
+    config.stash[KEY] = Harness(config)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    harness = config.stash.get(KEY, None)
+    if harness is None:
+        return
+    harness.stderr.close()
+    if harness.results:
+        harness.results.close()
+    if harness.notes and not harness.worker:
+        shutil.rmtree(harness.notes)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    chosen = config.stash[KEY].selection
+    names = ", ".join(map(str, chosen.devices)) or "none"
+    return [f"moe-harness: devices: {names}", *(f"moe-harness: {line}" for line in chosen.remarks)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "check" not in metafunc.fixturenames or not hasattr(metafunc.module, "FAMILY"):
+        return
+    harness = metafunc.config.stash[KEY]
+    # Known from here on, so that --strict-markers accepts it: families are found as they are collected.
+    metafunc.config.addinivalue_line("markers", f"{metafunc.module.FAMILY}: a family of cases")
+    try:
+        parameters = [
+            pytest.param(
+                asked,
+                id=f"{asked.case}:{asked.backend.name}:{asked.device.name}",
+                marks=[getattr(pytest.mark, name) for name in _marks(asked)],
+            )
+            for asked in harness.items(metafunc.module)
+        ]
+    except DescriptorError as error:
+        pytest.fail(f"{metafunc.module.__name__}: {error}", pytrace=False)
+    # pytest would make one skipped item of an empty list: _drop_placeholders takes it away again.
+    metafunc.parametrize("check", parameters or [pytest.param(None, id="nothing")], indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    placeholders = [i for i in items if getattr(i, "callspec", None) and i.callspec.params.get("check", i) is None]
+    if placeholders:
+        config.hook.pytest_deselected(items=placeholders)
+        items[:] = [item for item in items if item not in placeholders]
+
+
+# -- one item ---------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def check(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """check(): runs this item's case; the verdict is the outcome of the test."""
+    if not hasattr(request, "param"):
+        raise pytest.UsageError(f"{request.node.nodeid}: its module has no FAMILY (see harness/battery.py)")
+    harness, asked = request.config.stash[KEY], request.param
+    called = []
+
+    def run() -> None:
+        called.append(True)
+        _check(harness, asked, request.node)
+
+    yield run
+    if not called:
+        pytest.fail("the test never called check(): it proves nothing", pytrace=False)
+
+
+def _check(harness: Harness, asked: Asked, item: pytest.Item) -> None:
+    from harness import check as checks
+
+    def found(verdict: Verdict) -> dict[str, Any]:
+        record = verdict.record() | {"environment": harness.environment(asked.device), "nodeid": item.nodeid}
+        record["reproduce"] = verdict.reproduce.replace(f"--backend {verdict.backend}", f"--backend {asked.spec}")
+        return record
+
+    blank = Verdict(str(asked.case), asked.backend.name, str(asked.device), "hung", asked.family)
+    seconds = harness.config.option.case_timeout
+    hung = found(replace(blank, reason=f"no answer in {seconds:g} s (--case-timeout)", seconds=seconds))
+    harness.note(nodeid=item.nodeid, started=time.time(), record=hung)
+    lost = ""
+    with _time_limit(seconds, lambda: harness.end_process(hung), harness.stderr):
+        try:
+            verdict = checks.run(asked.case, asked.backend, asked.device, family=asked.family)
+            if verdict.status in ("failed", "crashed"):
+                asked.device.synchronize()  # was it this case's answer, or has the device been lost?
+        except BackendError as error:
+            verdict = replace(blank, status="crashed", reason=str(error))
+        except DeviceLost as error:
+            lost = str(error)
+            verdict = replace(blank, status="crashed", reason=lost)
+    record = found(verdict)
+    if lost and harness.worker:
+        harness.end_process(record)
+    elif lost:
+        harness.lost = (
+            f"{lost}. No result after {asked.case} would mean anything in this process; "
+            "with pytest-xdist, -n 1 goes on in a new one."
+        )
+    item.user_properties.append((VERDICT, json.dumps(record, default=str)))
+    if verdict.status == "unsupported":
+        pytest.skip(verdict.reason)
+    elif not verdict.green:
+        told = [verdict.report.rstrip() or verdict.reason]
+        if not told[0].endswith(record["reproduce"]):
+            told.append(record["reproduce"])
+        pytest.fail("\n".join(told), pytrace=False)
+
+
+@contextmanager
+def _time_limit(seconds: float, expired: Callable[[], None], stderr: Any) -> Iterator[None]:
+    """A thread that ends the process in good order; and, for a driver call that lets no thread run, one that just ends
+    it (faulthandler's needs no interpreter)."""
+    if not seconds:
+        yield
+        return
+
+    def end() -> None:
+        faulthandler.dump_traceback(stderr)
+        expired()
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=stderr)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        timer.cancel()
+
+
+def pytest_runtest_logfinish(nodeid: str, location: Any) -> None:
+    # Not in the test itself: its report is to be counted first.
+    for harness in _LOST:
+        pytest.exit(harness.lost, returncode=1)
+
+
+# -- hooks: the controller collects -----------------------------------------------------------------------------------

@@ -1,0 +1,151 @@
+"""The table at the end of a run: pure functions from verdict records to lines of plain text, 120 columns wide."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any, Iterable
+
+WIDTH = 120
+FAILED = ("failed", "crashed", "hung")
+LEGEND = "A cell: passed/failed/mistrusted/unsupported, worst share of the error budget (above 1 fails)."
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A backend that could not be used on a device, why, and how many cases were not run for that."""
+
+    backend: str
+    device: str
+    reason: str
+    cases: int
+
+
+def render(
+    records: list[Record],
+    missing: Iterable[Missing] = (),
+    remarks: Iterable[str] = (),
+    selection: str = "",
+    results: str = "",
+    short: bool = False,
+) -> list[str]:
+    """The whole summary. `remarks` come first; `short` leaves out the families and most of the lists."""
+    blocks = [list(remarks)]
+    if selection:
+        blocks[0].append(f"This was a selection ({selection}), not a whole run.")
+    if records:
+        blocks += [table(records, by_family=not short), totals(records)]
+    blocks += [not_run(records), unavailable(missing)]
+    blocks += [failures(records, 3 if short else 10)]
+    if not short:
+        blocks += [mistrusted(records, 5)]
+    if results:
+        blocks.append([f"Results: {results}"])
+    lines: list[str] = []
+    for block in filter(None, blocks):
+        lines += ["", *block] if lines and not short else block
+    return lines
+
+
+def table(records: list[Record], by_family: bool = True, width: int = WIDTH) -> list[str]:
+    """Every backend on every device against every family, folded to the width."""
+    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[_who(record), record["family"] if by_family else "all families"].append(record)
+    rows = list(dict.fromkeys(_who(r) for r in records))
+    columns = sorted({family for _, family in groups})
+    label = max(map(len, rows))
+    lines, shown = [], list(columns)
+    while shown:
+        fold, room = [], width - label
+        while shown and (not fold or room >= _column_width(groups, rows, shown[0])):
+            room -= _column_width(groups, rows, shown[0])
+            fold.append(shown.pop(0))
+        widths = [_column_width(groups, rows, family) for family in fold]
+        lines += [" " * label + "".join(family.rjust(w) for family, w in zip(fold, widths))]
+        for who in rows:
+            cells = "".join(cell(groups.get((who, family), [])).rjust(w) for family, w in zip(fold, widths))
+            lines.append(who.ljust(label) + cells)
+        lines += [""] if shown else []
+    return [*lines, LEGEND]
+
+
+def _column_width(groups: dict[tuple[str, str], list[Record]], rows: list[str], family: str) -> int:
+    return 3 + max(len(family), *(len(cell(groups.get((who, family), []))) for who in rows))
+
+
+def cell(records: list[Record]) -> str:
+    """118/0/2/40 0.83: counts, and the worst share of the budget; "-" for no records."""
+    if not records:
+        return "-"
+    counts = Counter(r["status"] for r in records)
+    failed = sum(counts[status] for status in FAILED)
+    numbers = f"{counts['passed']}/{failed}/{counts['mistrusted']}/{counts['unsupported']}"
+    return f"{numbers} {share(max(float(r['budget']) for r in records))}"
+
+
+def share(budget: float) -> str:
+    """A share of the budget in at most five characters."""
+    if budget < 100:
+        return f"{budget:.2f}"
+    return f"{budget:.0f}" if budget < 1e4 else "inf" if budget == float("inf") else f"{budget:.0e}".replace("+", "")
+
+
+def totals(records: list[Record]) -> list[str]:
+    counts = Counter(r["status"] for r in records)
+    executed = len(records) - counts["unsupported"]
+    parts = [f"{counts[s]} {s}" for s in ("passed", "failed", "crashed", "hung", "mistrusted") if counts[s]]
+    return [f"Executed {executed} verdicts: {', '.join(parts) or 'none'}. Not run: {counts['unsupported']} unsupported."]
+
+
+def not_run(records: list[Record]) -> list[str]:
+    """Unsupported cases by the keyword of their reason, with the most frequent reason."""
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        if record["status"] == "unsupported":
+            keyword, _, text = record["reason"].partition(":")
+            reasons[keyword][f"{_who(record)}: {text.strip()}"] += 1
+    if not reasons:
+        return []
+    ordered = sorted(reasons.items(), key=lambda item: (-item[1].total(), item[0]))
+    label, digits = max(map(len, reasons)), len(str(ordered[0][1].total()))
+    return ["Not run, by declared reason:"] + [
+        _cut(f"  {keyword:{label}} {found.total():{digits}}  {'mostly ' if len(found) > 1 else ''}{found.most_common(1)[0][0]}")
+        for keyword, found in ordered
+    ]
+
+
+def unavailable(missing: Iterable[Missing]) -> list[str]:
+    lines = [f"  {m.backend}@{m.device} missed {m.cases} cases: {m.reason}" for m in missing]
+    return ["Not available here:", *lines] if lines else []
+
+
+def failures(records: list[Record], most: int) -> list[str]:
+    """What failed and the line that runs it again. That line is never cut: it is there to be copied."""
+    found = [r for r in records if r["status"] in FAILED]
+    lines = []
+    for record in found[:most]:
+        lines.append(_cut(f"  {record['status']}: {_who(record)}: {record['reason']}"))
+        lines.append(f"    {record['reproduce']}")
+    if len(found) > most:
+        lines.append(f"  and {len(found) - most} more")
+    return ["Failures:", *lines] if lines else []
+
+
+def mistrusted(records: list[Record], most: int) -> list[str]:
+    found = [r for r in records if r["status"] == "mistrusted"]
+    lines = [_cut(f"  {_who(r)} {r['case']}: {r['reason']}") for r in found[:most]]
+    if len(found) > most:
+        lines.append(f"  and {len(found) - most} more")
+    return ["Mistrusted (they match, but the output proves little):", *lines] if lines else []
+
+
+def _who(record: Record) -> str:
+    return f"{record['backend']}@{record['device'].replace(' (emulated)', '-emulated')}"
+
+
+def _cut(line: str, width: int = WIDTH) -> str:
+    line = " ".join(line.splitlines())
+    return line if len(line) <= width else line[: width - 3] + "..."
