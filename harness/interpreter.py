@@ -8,6 +8,7 @@ happens in a few methods of one class, which `enable` replaces:
     conversions      exact to float32, then rounded once to nearest even (ml_dtypes); fp8 saturates, see `encode`
     tl.dot           operands exact in float32, products summed in float32
     bf16 operators   computed in float32, rounded to bf16, which is what a GPU does
+    launches         one at a time: the interpreter keeps the position in the grid in one global place
 
 Kernels know nothing of this module.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -51,6 +53,7 @@ def enable() -> None:
     tl = triton.language
     _mend_arithmetic(interpreter)
     _mend_speed(interpreter)
+    _one_launch_at_a_time(interpreter.GridExecutor)
     _enabled = True
 
 
@@ -197,6 +200,17 @@ def _mend_speed(interpreter) -> None:
         return KeepPatched()
 
     interpreter._patch_lang = patch_once
+
+
+def _one_launch_at_a_time(executor) -> None:
+    launch, lock = executor.__call__, threading.RLock()
+
+    @functools.wraps(launch)
+    def locked(self, *args, **kwargs):
+        with lock:
+            return launch(self, *args, **kwargs)
+
+    executor.__call__ = locked
 
 
 def _version(package: str) -> str:

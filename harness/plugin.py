@@ -18,11 +18,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,10 @@ from harness.problem import FILLS, Case, DescriptorError
 from harness.verdict import Verdict
 
 GRACE = 10  #: seconds after the time limit until a process that cannot even run Python any more is ended
+EMULATED = (
+    "xpu is EMULATED: its contract runs on the CPU, by Triton's interpreter, for backends that declare xpu_contract;",
+    "nothing runs on an XPU: ",
+)
 VERDICT = "moe_verdict"  #: the user property that carries a verdict from a worker to the controller
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,18 +70,17 @@ class Selection:
 
 def select_devices(markexpr: str, named: list[str], present: tuple[str, ...]) -> Selection:
     """Devices of this machine for which -m can be true and that --device admits; an absent XPU is emulated."""
-    expression = _compile(markexpr)
-    mentioned = set(expression.names)
+    expression = MarkExpression(markexpr)
     chosen, remarks = [], []
     for name in DEVICES:
         if (named and name not in named) or not expression.can_be_true({d: d == name for d in DEVICES}):
             continue
-        explicit = name in named or name in mentioned or (name == "xpu" and "emulated" in mentioned)
+        explicit = name in named or name in expression.names or (name == "xpu" and "emulated" in expression.names)
         if name in present:
             chosen.append(Device(name))
         elif explicit and name == "xpu":
             chosen.append(Device("xpu", emulated=True))
-            remarks.append(f"xpu is EMULATED on the CPU by Triton's interpreter, nothing runs on an XPU: {devices.why_absent(name)}")
+            remarks += [EMULATED[0], EMULATED[1] + devices.why_absent(name)]
         elif explicit:
             remarks.append(f"nothing runs on {name}: {devices.why_absent(name)}")
     return Selection(tuple(chosen), tuple(remarks))
@@ -86,7 +90,10 @@ class MarkExpression:
     """What -m says, as far as it can be known before there are items."""
 
     def __init__(self, text: str) -> None:
-        self._expression = Expression.compile(text) if text else None
+        try:
+            self._expression = Expression.compile(text) if text else None
+        except Exception as error:  # a SyntaxError, or what pytest 8 has instead
+            raise pytest.UsageError(f"-m {text!r}: {error}") from error
         self.names: set[str] = set()
         self._can_be_true({}, self.names)
 
@@ -118,13 +125,6 @@ class _Unknown(Exception):
         self.name = name
 
 
-def _compile(text: str) -> MarkExpression:
-    try:
-        return MarkExpression(text)
-    except (SyntaxError, ValueError) as error:  # pytest 8 raises a ParseError, which is neither in newer ones
-        raise pytest.UsageError(f"Wrong expression passed to '-m': {text}: {error}") from error
-
-
 # -- the state of a run -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Asked:
@@ -152,27 +152,14 @@ class Harness:
         if self.worker and self.worker["workercount"] > 1:
             torch.set_num_threads(1)  # the workers share the cores: more threads would only wait for each other
         self.stderr = os.fdopen(os.dup(2), "w")  # pytest's capture has not begun: this one reaches the terminal
-        self.records: list[dict[str, Any]] = []
-        self.missed: Counter[tuple[str, str, str]] = Counter()
-        self.environments: dict[str, dict[str, str]] = {}
+        self.missed: Counter[tuple[str, str, str]] = (
+            Counter()
+        )  #: cases that a (backend, device, reason) kept from running
         self.lost = ""
-        self.floor: dict[str, dict[str, int]] = {}
-        self.results: results.Results | None = None
-        self.notes: Path | None = Path(self.worker["moe_notes"]) if self.worker else None
+        self.controller = None if self.worker else Controller(self)
         self._backends: list[tuple[str, Any]] = []
-        if not self.worker and not option.collectonly:
-            self._open_files()
         if option.backend:
             self._require_usable()
-
-    def _open_files(self) -> None:
-        option = self.config.option
-        try:
-            self.floor = results.read_floor(option.floor) if option.floor else {}
-            if option.results:
-                self.results = results.Results(option.results, results.commit(ROOT))
-        except results.ResultsError as error:
-            raise pytest.UsageError(str(error)) from error
 
     def backends(self) -> list[tuple[str, Any]]:
         """(spec, backend): loaded when first needed, so that tests without a battery need no kernels."""
@@ -186,7 +173,7 @@ class Harness:
                 found = backend.select(dict.fromkeys(specs))
             except BackendError as error:
                 raise pytest.UsageError(str(error)) from error
-            self._backends = list(zip(dict.fromkeys(specs) or [b.name for b in found], found))
+            self._backends = list(zip(dict.fromkeys(specs) or [b.name for b in found], found, strict=True))
         return self._backends
 
     def _require_usable(self) -> None:
@@ -200,12 +187,12 @@ class Harness:
     def unavailable(self, backend: Any, device: Device) -> str | None:
         from harness.backend import unavailable
 
-        if device.emulated and not getattr(backend, "xpu_contract", False):
+        if not _may_run(backend, device):
             return f"device: {backend.name} does not declare xpu_contract, so only a real XPU could run it"
         return unavailable(backend, device)
 
     def items(self, module: Any) -> Iterator[Asked]:
-        """The items of a family's module. Inputs are drawn once a case: cases come first, then devices, then backends."""
+        """The items of a family's module. Those of one case come together: its inputs are drawn once for all."""
         option = self.config.option
         expression = MarkExpression(option.markexpr)
         cases: dict[Case, list[Device]] = {}
@@ -227,34 +214,24 @@ class Harness:
                     reason = usable[device, spec]
                     if reason is None:
                         yield asked
-                    elif not (device.emulated and not option.backend and reason.startswith("device:")):
+                    elif option.backend or _may_run(backend, device):
                         marks = set(_marks(asked))
-                        self.missed[spec, str(device), reason] += _matches(expression, marks)
-
-    def environment(self, device: Device) -> dict[str, str]:
-        return _environment(device)
-
-    def record(self, found: dict[str, Any]) -> None:
-        """The controller: one more verdict."""
-        self.environments[found["device"]] = found["environment"]
-        self.records.append(found)
-        if self.results:
-            self.results.append(found)
+                        wanted = expression.can_be_true({name: name in marks for name in expression.names})
+                        self.missed[spec, str(device), reason] += wanted
 
     def note(self, **words: Any) -> None:
         """A worker: what the controller should know if nothing more is heard of it."""
-        if self.worker and self.notes:
-            (self.notes / f"{self.worker['workerid']}.json").write_text(json.dumps(words))
+        if self.worker:
+            (Path(self.worker["moe_notes"]) / f"{self.worker['workerid']}.json").write_text(json.dumps(words))
 
     def end_process(self, found: dict[str, Any]) -> None:
         """The verdict after which this process cannot go on: recorded, said, and out, whatever else is stuck."""
-        if self.worker:
-            self.note(nodeid=found["nodeid"], record=found)
-        elif self.results:
-            self.results.append(found)
-        told = f"{found['status']}: {found['reason']}\n{found['reproduce']}\n"
-        told += "" if self.worker else "This ended the whole run; with pytest-xdist, -n 1 goes on in a new process.\n"
-        self.stderr.write("\n" + told)
+        self.note(nodeid=found["nodeid"], record=found)
+        told = f"\n{found['status']}: {found['reason']}\n{found['reproduce']}\n"
+        if self.controller:
+            self.controller.record(found)
+            told += "This ended the whole run; with pytest-xdist, -n 1 goes on in a new process.\n"
+        self.stderr.write(told)
         self.stderr.flush()
         os._exit(1)
 
@@ -268,8 +245,9 @@ def _marks(asked: Asked) -> list[str]:
     return [asked.device.name, asked.family, asked.case.fill, *(["emulated"] if asked.device.emulated else [])]
 
 
-def _matches(expression: MarkExpression, marks: set[str]) -> bool:
-    return expression.can_be_true({name: name in marks for name in expression.names})
+def _may_run(backend: Any, device: Device) -> bool:
+    """An emulated XPU is for kernels that promise its contract: others would only run on the CPU again."""
+    return not device.emulated or getattr(backend, "xpu_contract", False)
 
 
 KEY: pytest.StashKey[Harness] = pytest.StashKey()
@@ -284,7 +262,9 @@ def pytest_configure(config: pytest.Config) -> None:
         own += [f"{module.FAMILY}: a family of cases" for module in battery.families()]
     for line in own:
         config.addinivalue_line("markers", line)
-    config.stash[KEY] = Harness(config)
+    harness = config.stash[KEY] = Harness(config)
+    if harness.controller:
+        config.pluginmanager.register(harness.controller, "moe-harness-controller")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -292,10 +272,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if harness is None:
         return
     harness.stderr.close()
-    if harness.results:
-        harness.results.close()
-    if harness.notes and not harness.worker:
-        shutil.rmtree(harness.notes)
+    if harness.controller:
+        harness.controller.close()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -321,13 +299,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ]
     except DescriptorError as error:
         pytest.fail(f"{metafunc.module.__name__}: {error}", pytrace=False)
-    # pytest would make one skipped item of an empty list: _drop_placeholders takes it away again.
+    # pytest would make one skipped item of an empty list: pytest_collection_modifyitems takes it away again.
     metafunc.parametrize("check", parameters or [pytest.param(None, id="nothing")], indirect=True)
+
+
+def _is_placeholder(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("check", item) is None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    placeholders = [i for i in items if getattr(i, "callspec", None) and i.callspec.params.get("check", i) is None]
+    placeholders = [i for i in items if _is_placeholder(i)]
     if placeholders:
         config.hook.pytest_deselected(items=placeholders)
         items[:] = [item for item in items if item not in placeholders]
@@ -355,9 +338,8 @@ def _check(harness: Harness, asked: Asked, item: pytest.Item) -> None:
     from harness import check as checks
 
     def found(verdict: Verdict) -> dict[str, Any]:
-        record = verdict.record() | {"environment": harness.environment(asked.device), "nodeid": item.nodeid}
-        record["reproduce"] = verdict.reproduce.replace(f"--backend {verdict.backend}", f"--backend {asked.spec}")
-        return record
+        record = verdict.record() | {"environment": _environment(asked.device), "nodeid": item.nodeid}
+        return record | {"reproduce": results.reproduce(verdict, asked.spec)}
 
     blank = Verdict(str(asked.case), asked.backend.name, str(asked.device), "hung", asked.family)
     seconds = harness.config.option.case_timeout
@@ -415,10 +397,112 @@ def _time_limit(seconds: float, expired: Callable[[], None], stderr: Any) -> Ite
         timer.cancel()
 
 
-def pytest_runtest_logfinish(nodeid: str, location: Any) -> None:
-    # Not in the test itself: its report is to be counted first.
-    for harness in _LOST:
-        pytest.exit(harness.lost, returncode=1)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    harness = session.config.stash[KEY]
+    if harness.worker:
+        session.config.workeroutput["moe_missed"] = [[*key, n] for key, n in harness.missed.items()]  # type: ignore[attr-defined]
 
 
-# -- hooks: the controller collects -----------------------------------------------------------------------------------
+# -- the controller ---------------------------------------------------------------------------------------------------
+class Controller:
+    """The process that sees every report: it keeps the verdicts, writes them down and sums them up."""
+
+    def __init__(self, harness: Harness) -> None:
+        self.harness, self.option = harness, harness.config.option
+        self.records: list[dict[str, Any]] = []
+        self.notes = ""
+        self.shortfalls: list[str] = []
+        self.floor: dict[str, dict[str, int]] = {}
+        self.results: results.Results | None = None
+        if self.option.collectonly:
+            return
+        try:
+            self.floor = results.read_floor(self.option.floor) if self.option.floor else {}
+            if self.option.results:
+                self.results = results.Results(self.option.results, results.commit(ROOT))
+        except results.ResultsError as error:
+            raise pytest.UsageError(str(error)) from error
+
+    def close(self) -> None:
+        if self.results:
+            self.results.close()
+        if self.notes:
+            shutil.rmtree(self.notes)
+
+    def record(self, found: dict[str, Any]) -> None:
+        self.records.append(found)
+        if self.results:
+            self.results.append(found)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            for name, value in report.user_properties:
+                if name == VERDICT:
+                    self.record(json.loads(str(value)))
+        elif report.when not in ("setup", "teardown"):  # xdist's report of a worker that died
+            for found in self._last_words(report):
+                self.record(found)
+
+    def _last_words(self, report: pytest.TestReport) -> Iterator[dict[str, Any]]:
+        """The verdict on the case that a worker was running when it died."""
+        for path in Path(self.notes).glob("*.json") if self.notes else ():
+            words = json.loads(path.read_text())
+            if words["nodeid"] == report.nodeid:
+                found = words["record"]
+                if "started" in words and time.time() - words["started"] < self.option.case_timeout:
+                    found |= {"status": "crashed", "reason": f"the process died: {report.longrepr}"}
+                yield found
+
+    def pytest_runtest_logfinish(self) -> None:
+        # Not in the test itself: its report is counted first.
+        if self.harness.lost:
+            pytest.exit(self.harness.lost, returncode=1)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """xdist is about to start a worker."""
+        self.notes = self.notes or tempfile.mkdtemp(prefix="moe-harness-")
+        node.workerinput["moe_notes"] = self.notes
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """An xdist worker has ended. Each collects everything, so each misses the same cases."""
+        for *key, n in getattr(node, "workeroutput", {}).get("moe_missed", []):
+            self.harness.missed[tuple(key)] = n
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        on = [str(device) for device in self.harness.selection.devices]
+        backends = [backend.name for _, backend in self.harness.backends()] if self.option.backend else []
+        self.shortfalls = results.shortfalls(self.floor, self.records, on, backends)
+        if self.shortfalls and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        remarks = list(self.harness.selection.remarks)
+        lines = summary.render(
+            self.records,
+            [summary.Missing(*key, n) for key, n in sorted(self.harness.missed.items())],
+            remarks,
+            self._selected() if self.records else "",
+            str(self.option.results or "") if self.results else "",
+            short=self.option.verbose < 0,
+        )
+        lines += self.shortfalls
+        if self.option.collectonly:
+            lines = remarks
+        if lines:
+            terminalreporter.write_sep("=", "moe-harness")
+            for line in lines:
+                terminalreporter.write_line(line)
+
+    def _selected(self) -> str:
+        """What this run was restricted to, or ""."""
+        option = self.option
+        words = set(MarkExpression(option.markexpr).names) - set(DEVICES)
+        found = [f"-m {option.markexpr!r}"] if words else []
+        found += [f"-k {option.keyword!r}"] if option.keyword else []
+        found += ["--lf"] if getattr(option, "lf", False) else []
+        found += [f"--{name} {value}" for name in ("backend", "fill") for value in getattr(option, name)]
+        paths = [arg.partition("[")[0] for arg in self.harness.config.args]
+        found += [arg for arg in paths if "::" in arg or arg.endswith(".py")][:3]
+        return ", ".join(found)

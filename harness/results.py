@@ -12,8 +12,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
+
+from harness.verdict import Verdict
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,7 +25,7 @@ else:  # pytest brings it for Python 3.10
 
 SCHEMA = 1  #: of a record; a reader refuses other versions
 NOT_EXECUTED = ("unsupported",)
-HOW_TO_UPDATE = "if that is right, print a new floor with: python3 -m harness floor RESULTS"
+UPDATE = "if that is right, print a new floor with: python3 -m harness floor RESULTS"
 
 Records = list[dict[str, Any]]
 
@@ -74,6 +77,11 @@ def read(path: Path) -> tuple[Records, list[str]]:
             raise ResultsError(f"{path}:{number}: schema={record.get('schema')}: this version reads {SCHEMA}")
         records.append(record)
     return records, remarks
+
+
+def reproduce(verdict: Verdict, spec: str) -> str:
+    """The line that runs a case again. A backend that is not registered is found by its --backend alone."""
+    return verdict.reproduce.replace(f"--backend {verdict.backend} ", f"--backend {spec} ")
 
 
 def commit(directory: Path) -> str:
@@ -134,7 +142,7 @@ def shortfalls(
     """One line for every backend that executed less than the floor, on the devices (and backends) of this run."""
     ran, only = executed(records), set(backends)
     return [
-        f"floor: {backend} on {device} executed {ran[device, backend]} verdicts, at least {number} are due; {HOW_TO_UPDATE}"
+        f"floor: {backend} on {device} executed {ran[device, backend]} verdicts, at least {number} are due; {UPDATE}"
         for device in map(section, devices)
         for backend, number in floor.get(device, {}).items()
         if ran[device, backend] < number and (not only or backend in only)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any
 
 WIDTH = 120
 FAILED = ("failed", "crashed", "hung")
@@ -54,20 +55,23 @@ def table(records: list[Record], by_family: bool = True, width: int = WIDTH) -> 
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         groups[_who(record), record["family"] if by_family else "all families"].append(record)
-    rows = list(dict.fromkeys(_who(r) for r in records))
+    rows = sorted({_who(r) for r in records}, key=lambda who: who.rpartition("@")[::-1])
     columns = sorted({family for _, family in groups})
     label = max(map(len, rows))
     lines, shown = [], list(columns)
     while shown:
-        fold, room = [], width - label
+        fold: list[str] = []
+        room = width - label
         while shown and (not fold or room >= _column_width(groups, rows, shown[0])):
             room -= _column_width(groups, rows, shown[0])
             fold.append(shown.pop(0))
         widths = [_column_width(groups, rows, family) for family in fold]
-        lines += [" " * label + "".join(family.rjust(w) for family, w in zip(fold, widths))]
-        for who in rows:
-            cells = "".join(cell(groups.get((who, family), [])).rjust(w) for family, w in zip(fold, widths))
-            lines.append(who.ljust(label) + cells)
+
+        def line(who: str, texts: Iterable[str], widths: list[int] = widths) -> str:
+            return who.ljust(label) + "".join(text.rjust(w) for text, w in zip(texts, widths))
+
+        lines.append(line("", fold))
+        lines += [line(who, (cell(groups.get((who, family), [])) for family in fold)) for who in rows]
         lines += [""] if shown else []
     return [*lines, LEGEND]
 
@@ -97,7 +101,9 @@ def totals(records: list[Record]) -> list[str]:
     counts = Counter(r["status"] for r in records)
     executed = len(records) - counts["unsupported"]
     parts = [f"{counts[s]} {s}" for s in ("passed", "failed", "crashed", "hung", "mistrusted") if counts[s]]
-    return [f"Executed {executed} verdicts: {', '.join(parts) or 'none'}. Not run: {counts['unsupported']} unsupported."]
+    return [
+        f"Executed {executed} verdicts: {', '.join(parts) or 'none'}. Not run: {counts['unsupported']} unsupported."
+    ]
 
 
 def not_run(records: list[Record]) -> list[str]:
@@ -111,10 +117,11 @@ def not_run(records: list[Record]) -> list[str]:
         return []
     ordered = sorted(reasons.items(), key=lambda item: (-item[1].total(), item[0]))
     label, digits = max(map(len, reasons)), len(str(ordered[0][1].total()))
-    return ["Not run, by declared reason:"] + [
-        _cut(f"  {keyword:{label}} {found.total():{digits}}  {'mostly ' if len(found) > 1 else ''}{found.most_common(1)[0][0]}")
-        for keyword, found in ordered
-    ]
+    lines = ["Not run, by declared reason:"]
+    for keyword, found in ordered:
+        often = "mostly " if len(found) > 1 else ""
+        lines.append(cut(f"  {keyword:{label}} {found.total():{digits}}  {often}{found.most_common(1)[0][0]}"))
+    return lines
 
 
 def unavailable(missing: Iterable[Missing]) -> list[str]:
@@ -127,7 +134,7 @@ def failures(records: list[Record], most: int) -> list[str]:
     found = [r for r in records if r["status"] in FAILED]
     lines = []
     for record in found[:most]:
-        lines.append(_cut(f"  {record['status']}: {_who(record)}: {record['reason']}"))
+        lines.append(cut(f"  {record['status']}: {_who(record)}: {record['reason']}"))
         lines.append(f"    {record['reproduce']}")
     if len(found) > most:
         lines.append(f"  and {len(found) - most} more")
@@ -136,7 +143,7 @@ def failures(records: list[Record], most: int) -> list[str]:
 
 def mistrusted(records: list[Record], most: int) -> list[str]:
     found = [r for r in records if r["status"] == "mistrusted"]
-    lines = [_cut(f"  {_who(r)} {r['case']}: {r['reason']}") for r in found[:most]]
+    lines = [cut(f"  {_who(r)} {r['case']}: {r['reason']}") for r in found[:most]]
     if len(found) > most:
         lines.append(f"  and {len(found) - most} more")
     return ["Mistrusted (they match, but the output proves little):", *lines] if lines else []
@@ -146,6 +153,7 @@ def _who(record: Record) -> str:
     return f"{record['backend']}@{record['device'].replace(' (emulated)', '-emulated')}"
 
 
-def _cut(line: str, width: int = WIDTH) -> str:
+def cut(line: str, width: int = WIDTH) -> str:
+    """One line, of at most this width."""
     line = " ".join(line.splitlines())
     return line if len(line) <= width else line[: width - 3] + "..."

@@ -232,6 +232,8 @@ class TritonCachedMoE:
     name = "triton-cached"
     devices = {"cpu", "cuda", "xpu"}
     interpreted = True  # on the CPU only through Triton's interpreter
+    promises = {"errors", "no_extra_tensor", "one_build"}
+    xpu_contract = True  # what an XPU engine keeps: run, emulated, where there is no XPU
 
     def available(self) -> str | None:
         """None, or why it cannot be used here."""

@@ -58,6 +58,7 @@ class GroupedMM:
 
     name = "grouped-mm"
     devices = {"cpu", "cuda", "xpu"}
+    promises = {"errors"}
 
     def available(self) -> str | None:
         """None, or why this torch cannot run it."""

@@ -45,10 +45,12 @@ class Emulated:
         return sum(x[:, part == i] @ w[:, part == i].T for i in range(self.split_k))
 
     def quantize(self, x: Tensor, granularity: str, static: Tensor | None) -> Tensor:
+        if not x.numel():
+            return x
         if static is not None:
             scale = static.reshape(1, 1)
         elif granularity == "tensor":
-            scale = x.abs().nan_to_num().amax().clamp(min=1e-10).reshape(1, 1) / 448 if x.numel() else x.new_ones(1, 1)
+            scale = x.abs().nan_to_num().amax().clamp(min=1e-10).reshape(1, 1) / 448
         elif granularity == "token":
             scale = x.abs().nan_to_num().amax(1, keepdim=True).clamp(min=1e-10) / 448
         else:

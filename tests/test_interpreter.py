@@ -9,6 +9,8 @@ if device.present() != ("cpu",):
 if reason := interpreter.usable():
     pytest.skip(reason, allow_module_level=True)
 
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+
 import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -157,6 +159,13 @@ def test_bf16_operators_round_once():
     assert torch.equal(total, a + b)
     assert torch.equal(larger, torch.maximum(a * b, -b))
     assert torch.equal(less.bool(), a < b)
+
+
+def test_launches_from_threads():
+    sizes = [4096 * n + 7 for n in range(1, 9)]
+    with ThreadPoolExecutor(8) as pool:
+        results = pool.map(lambda n: convert(torch.ones(n), torch.bfloat16), sizes)
+        assert [int(r.float().sum()) for r in results] == [int(torch.ones(n).sum()) for n in sizes]
 
 
 def test_usable_and_idempotent():

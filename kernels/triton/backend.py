@@ -38,6 +38,7 @@ class TritonMoE:
     name = "triton"
     devices = {"cpu", "cuda", "xpu"}
     interpreted = True
+    promises = frozenset({"errors", "no_extra_tensor"})
     path = "auto"
 
     def supports(self, problem) -> str | None:
@@ -98,6 +99,7 @@ class TritonPermuteMoE(TritonMoE):
     """permuted_moe; its permutation is open to tests of its own."""
 
     name = "triton-permute"
+    promises = frozenset({"errors", "steady_scratch"})
     path = "aligned"
     permute = staticmethod(moe_permute)
     unpermute = staticmethod(moe_unpermute)

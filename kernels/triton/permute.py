@@ -99,6 +99,7 @@ class MoEPermuteScratch:
         def table(*shape, dtype=torch.int32):
             return torch.empty(shape, dtype=dtype, device=self.device)
 
+        self.dense_topk_ids = table(max_num_tokens, top_k, dtype=torch.int64)  # for ids that come strided
         self.counts = table(*counts_shape(self.num_local_experts))
         self.sorted_token_ids = table(rows)
         self.expert_ids = table(rows)
@@ -117,8 +118,6 @@ class MoEPermuteScratch:
                 raise ValueError(f"{name}: device {tensor.device}; valid: {self.device}, where the scratch is")
         if topk_ids.dtype not in ID_DTYPES:
             raise ValueError(f"topk_ids: dtype {topk_ids.dtype}; valid: {', '.join(map(str, ID_DTYPES))}")
-        if not topk_ids.is_contiguous():
-            raise ValueError(f"topk_ids: stride {topk_ids.stride()}; valid with a scratch: contiguous (a copy allocates)")
         if topk_ids.shape[1] != self.top_k:
             raise ValueError(f"top_k={topk_ids.shape[1]}; valid: {self.top_k}, which the scratch was made for")
         if topk_ids.shape[0] > self.max_num_tokens:
@@ -157,7 +156,6 @@ def moe_permute(
         scratch = MoEPermuteScratch(
             max(1, topk_ids.shape[0]), topk_ids.shape[1], num_experts, num_local_experts, device=hidden_states.device
         )
-        topk_ids = topk_ids.contiguous()
     elif scratch.num_experts != num_experts:
         raise ValueError(f"num_experts={num_experts}; valid: {scratch.num_experts}, which the scratch was made for")
     elif num_local_experts not in (None, scratch.num_local_experts):
@@ -165,6 +163,8 @@ def moe_permute(
     scratch.validate(hidden_states, topk_ids)
 
     num_tokens, top_k = topk_ids.shape
+    if not topk_ids.is_contiguous():
+        topk_ids = scratch.dense_topk_ids[:num_tokens].copy_(topk_ids)
     k = hidden_states.shape[1]
     rows = num_tokens * top_k
     if scratch.hidden_states is None:

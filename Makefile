@@ -1,0 +1,43 @@
+# make verify   the battery, on every device that is here      make test    the project's own tests
+# make lint     ruff and mypy                                  make clean   remove what these made, but for results
+#
+# The first of them installs into $(VENV). PYTHON=... chooses another Python. SYSTEM=1 takes torch and all else that this
+# Python has installed already, whatever its version (a GPU machine's own torch, say): the pinned versions are then left.
+PYTHON ?= python3
+VENV ?= .venv
+SYSTEM ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/moe-harness-installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
+
+.PHONY: verify test lint clean
+
+verify: $(STAMP)
+	@$(BIN)/python -m harness verify
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest tests -n 2 -q --device=cpu
+
+lint: $(STAMP)
+	@echo "ruff check" && $(BIN)/ruff check .
+	@echo "ruff format --check" && $(BIN)/ruff format --check .
+	@echo "mypy" && $(BIN)/mypy
+
+# The stamp is written last: an installation that was interrupted is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: no $(PYTHON) here; name one with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make: $$("$(PYTHON)" --version 2>&1) is too old, 3.10 is needed; name another with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "make: $(PYTHON) cannot make virtual environments; install its venv package (python3-venv)" >&2; exit 1; }
+	@echo "Installing into $(VENV) with $$("$(PYTHON)" --version) (minutes, once)"
+	@"$(PYTHON)" -m venv $(if $(SYSTEM),--system-site-packages) "$(VENV)"
+	@$(PIP) -e '.[test,dev]' $(if $(SYSTEM),,-c constraints.txt)
+	@touch $@
+
+# A virtual environment that make did not finish may be somebody else's: it stays.
+clean:
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks *.egg-info
+	@find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +
+	@if [ -e "$(STAMP)" ]; then rm -rf "$(VENV)"; fi

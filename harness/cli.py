@@ -1,0 +1,283 @@
+"""The command line, `moe-harness` or `python3 -m harness`: doctor, list, run, verify, floor.
+
+A process uses either the interpreter or a GPU, never both: whatever concerns several devices starts one process each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from harness import backend as backends
+from harness import battery, results, summary
+from harness import device as devices
+from harness.backend import BackendError
+from harness.device import DEVICES, Device, DeviceLost
+from harness.problem import FILLS, Case, DescriptorError, Problem
+from harness.verdict import Verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "numpy", "ml_dtypes", "pytest", "pytest-xdist", "pytest-benchmark", "transformers")
+GPU_JOBS = 4  #: workers that share one GPU: each keeps a context and the layers of its cases there
+
+
+class Wrong(Exception):
+    """The command cannot be carried out as given; the message is the one line that says why. Exit code 2."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 good, 1 something is not green, 2 wrong arguments."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a kernel author's own directory, for --backend package.module:object
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except (Wrong, BackendError, DescriptorError, results.ResultsError) as error:
+        print(f"moe-harness: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `moe-harness list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it flushes at exit
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("moe-harness", description="Is this fused MoE kernel right?")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(command: Any, name: str, summary: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=summary, description=summary)
+        found.set_defaults(command=command)
+        return found
+
+    sub = add(doctor, "doctor", "What is here: devices, versions, and which backend can run where.")
+    sub.add_argument("--device", choices=DEVICES, help="only this device")
+
+    sub = add(show, "list", "The cases, by family.")
+    sub.add_argument("--family", help="only this family")
+    sub.add_argument("--device", choices=DEVICES, default="cpu", help="the cases of this device (cpu)")
+    sub.add_argument("--backend", metavar="SPEC", help="only the cases that this backend supports")
+    sub.add_argument("--why", action="store_true", help="every case, and the reason why it exists")
+
+    sub = add(run, "run", "One case on one backend, with everything there is to know about it.")
+    sub.add_argument("descriptor", help="such as t16-h256-i128-e8-k2-bf16-exact")
+    sub.add_argument("--backend", metavar="SPEC", required=True, help="a backend's name, or package.module:object")
+    sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu)")
+    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="N seeds, from the descriptor's own on (1)")
+    sub.add_argument("--json", action="store_true", help="one JSON record a verdict, and nothing else")
+
+    sub = add(verify, "verify", "The whole battery on every device that is here, a process for each.")
+    sub.add_argument("--device", action="append", choices=DEVICES, help="only this device (repeatable)")
+    sub.add_argument("--backend", action="append", default=[], metavar="SPEC", help="only this backend (repeatable)")
+    sub.add_argument("--jobs", type=int, metavar="N", help="pytest-xdist workers (all cores; on a GPU at most 4)")
+    sub.add_argument("pytest", nargs="*", metavar="-- PYTEST OPTION", help="handed on to pytest")
+
+    sub = add(floor, "floor", "A floor file made from a results file: 90 %% of what the last run executed.")
+    sub.add_argument("results", type=Path, help="a results file (JSON Lines)")
+    return parser
+
+
+def the_device(name: str) -> Device:
+    """The device of this name, ready for kernels; an absent XPU is emulated."""
+    here = name in devices.present()
+    if not here and name != "xpu":
+        raise Wrong(f"--device {name}: {devices.why_absent(name)}")
+    devices.start({name})
+    return Device(name, emulated=not here)
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------
+def doctor(args: argparse.Namespace) -> int:
+    if args.device:
+        return _doctor_of(args.device)
+    print(f"python        {platform.python_version()} ({sys.executable})")
+    for package in PACKAGES:
+        print(f"{package:13} {_version(package)}")
+    for name in DEVICES:
+        print()
+        sys.stdout.flush()
+        if name in devices.present():
+            subprocess.run([sys.executable, "-m", "harness", "doctor", "--device", name], env=_environment())
+        else:
+            print(f"{name}: {devices.why_absent(name)}")
+            if name == "xpu":
+                print("  its contract can be emulated on the CPU: pytest cases -m xpu")
+    return 0
+
+
+def _doctor_of(name: str) -> int:
+    device = the_device(name)
+    found = devices.environment(device)
+    detail = ", ".join(f"{k} {v}" for k, v in found.items() if k in ("device_name", "cuda", "capability"))
+    print(f"{device}: {detail or platform.machine()}, {device.memory_bytes() / 2**30:.1f} GiB free")
+    for backend in backends.installed():
+        print(f"  {backend.name:24} {backends.unavailable(backend, device) or 'usable'}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a process that finds this harness, wherever it is started."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+# -- list -------------------------------------------------------------------------------------------------------------
+def show(args: argparse.Namespace) -> int:
+    device = the_device(args.device) if args.backend or args.device in devices.present() else Device(args.device)
+    backend = backends.load(args.backend) if args.backend else None
+    modules = {module.FAMILY: module for module in battery.families()}
+    if args.family and args.family not in modules:
+        raise Wrong(f"--family {args.family}: one of {', '.join(sorted(modules))}")
+    total = 0
+    for family, module in sorted(modules.items()):
+        if args.family not in (None, family):
+            continue
+        rows = [row for row in battery.rows(module, device) if not backend or _supports(backend, row.case, device)]
+        total += len(rows)
+        if args.why:
+            for row in rows:
+                print(f"{row.case}  {row.why}")
+        else:
+            fills = Counter(row.case.fill for row in rows)
+            parts = ", ".join(f"{fills[fill]} {fill}" for fill in FILLS if fills[fill])
+            print(summary.cut(f"{family:24} {len(rows):5} cases ({parts or 'none'})  {_first_line(module)}").rstrip())
+    if not args.why:
+        print(f"{'all':24} {total:5} cases on {device}" + (f" for {backend.name}" if backend else ""))
+    return 0
+
+
+def _supports(backend: Any, case: Case, device: Device) -> bool:
+    return backends.unsupported(backend, case.problem, device) is None
+
+
+def _first_line(module: Any) -> str:
+    return (module.__doc__ or "").strip().partition("\n")[0]
+
+
+# -- run --------------------------------------------------------------------------------------------------------------
+def run(args: argparse.Namespace) -> int:
+    case = Case.parse(args.descriptor)
+    if args.seeds < 1:
+        raise Wrong(f"--seeds {args.seeds}: 1 or more")
+    device = the_device(args.device)
+    backend = backends.load(args.backend)
+    if device.emulated and not getattr(backend, "xpu_contract", False):
+        raise Wrong(f"--device xpu: {devices.why_absent('xpu')}; to be emulated, {backend.name} must set xpu_contract")
+    if device.emulated and not args.json:
+        print("xpu is EMULATED on the CPU by Triton's interpreter, nothing runs on an XPU:", devices.why_absent("xpu"))
+    from harness import check
+
+    worst = 0
+    for seed in range(case.seed, case.seed + args.seeds):
+        try:
+            verdict = check.run(case.change(seed=seed), backend, device)
+        except DeviceLost as error:
+            print(f"moe-harness: the device is lost: {error}", file=sys.stderr)
+            return 1
+        record = verdict.record() | {"reproduce": results.reproduce(verdict, args.backend)}
+        if args.json:
+            print(json.dumps(record | {"environment": devices.environment(device)}, default=str), flush=True)
+        else:
+            print("\n".join(_told(case.change(seed=seed), verdict, record)), flush=True)
+        worst = max(worst, 0 if verdict.green else 1)
+    return worst
+
+
+def in_words(case: Case) -> list[str]:
+    """The case for a reader, line by line."""
+    p: Problem = case.problem
+    scheme = "unquantized"
+    if p.quant:
+        taken = f"activations quantized per {p.quant.activation}" if p.quant.activation else "activations not quantized"
+        scheme = f"{p.quant.weight_format} weights scaled per {p.quant.weight}, {taken}"
+    shape = "x".join(map(str, (p.local_experts, p.w13_rows, p.hidden_size)))
+    more = [
+        p.activation + (f" clamped at {p.limit:g}" if p.limit is not None else ""),
+        "biases" if p.bias else "",
+        "router weight on input" if p.router_weight_on_input else "",
+        f"rank {p.ep.rank} of {p.ep.size}{' (strided)' if p.ep.strided else ''}" if p.ep else "",
+        f"{p.shared_experts} shared experts" if p.shared_experts else "",
+        "rows of hidden_states padded" if p.padded else "",
+    ]
+    return [
+        f"  {p.tokens} tokens of {p.hidden_size}, top {p.top_k} of {p.num_experts} experts of {p.intermediate_size}",
+        f"  {p.dtype}, {scheme}; w13 {shape}, layout {p.layout}; topk_ids int{p.ids}, routing {p.routing}",
+        f"  {', '.join(filter(None, more))}",
+        f"  fill {case.fill}, seed {case.seed}, scenario {case.scenario}",
+    ]
+
+
+def _told(case: Case, verdict: Verdict, record: dict[str, Any]) -> list[str]:
+    lines = [f"{case} on {verdict.backend}, {verdict.device}", *in_words(case)]
+    lines.append(f"{verdict.status}{': ' + verdict.reason if verdict.reason else ''}")
+    if verdict.calls:
+        lines.append(f"  judged       {verdict.calls} calls in {verdict.seconds:.2f} s")
+        worst = f", by {verdict.statistic}" if verdict.statistic else ""
+        lines.append(f"  budget used  {summary.share(verdict.budget)}{worst} (above 1 fails)")
+        each: dict[str, float] = getattr(verdict, "budgets", {})
+        lines += [f"    {name:10} {summary.share(float(used))}" for name, used in each.items()]
+        lines += [f"  plan         {verdict.plan}"] if verdict.plan else []
+    if verdict.trace:
+        trace = dict(verdict.trace)
+        launches = Counter(trace.pop("launches", []))
+        named = ", ".join(name + (f" x{n}" if n > 1 else "") for name, n in launches.items())
+        lines.append(f"  launched     {named or 'no Triton kernel'}")
+        rest = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in trace.items())
+        lines.append(f"  traced       {rest}")
+    if verdict.report:
+        lines += ["", *verdict.report.rstrip().splitlines()]
+    if not verdict.green:
+        lines += [record["reproduce"]]
+    return lines
+
+
+# -- verify and floor -------------------------------------------------------------------------------------------------
+def verify(args: argparse.Namespace) -> int:
+    codes = []
+    for name in args.device or devices.present():
+        command = pytest_command(name, args.backend, args.jobs, args.pytest)
+        print(f"moe-harness: {' '.join(command[1:])}", flush=True)
+        code = subprocess.run(command, env=_environment()).returncode
+        codes.append(code if code >= 0 else 128 - code)  # a signal, as a shell would say it
+        if code:
+            print(f"moe-harness: {name}: pytest ended with {codes[-1]}", flush=True)
+    return max(codes)
+
+
+def pytest_command(device: str, specs: list[str], jobs: int | None, more: list[str]) -> list[str]:
+    """One device's part of `verify`."""
+    path = Path("results") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{device}.jsonl"
+    # "=" in every option: pytest would take a loose path for one to look for its configuration in.
+    command = [sys.executable, "-m", "pytest", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
+    command += [f"--device={device}", f"--results={path}", f"--floor={ROOT / 'cases' / 'floor.toml'}"]
+    command += [f"--backend={spec}" for spec in specs]
+    if importlib.util.find_spec("xdist"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        command += ["-n", str(jobs or (cores if device == "cpu" else min(GPU_JOBS, cores)))]
+    return [*command, str(ROOT / "cases"), *more]
+
+
+def floor(args: argparse.Namespace) -> int:
+    records, remarks = results.read(args.results)
+    for remark in remarks:
+        print(f"moe-harness: {remark}", file=sys.stderr)
+    if not records:
+        raise Wrong(f"{args.results}: holds no records")
+    print(results.new_floor(records), end="")
+    return 0
