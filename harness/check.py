@@ -186,14 +186,13 @@ class Session:
         return _EXPECTED[key]
 
     def plans(self, problem: Problem) -> list[RoundingPlan]:
-        """The backend's declared plans, with this device's matrix accumulator."""
+        """The backend's declared plans, also with this device's imprecise accumulator where it has one."""
         declared = self.backend.plans(problem) if hasattr(self.backend, "plans") else undeclared_plans()
         plans = [parse_plan(p) for p in declared]
-        if problem.quant and problem.quant.activation:
-            accumulator = self.device.accumulator("e4m3")
-            plans = [
-                p if p.accumulator.bits or not p.quantizes_activations else replace(p, accumulator=accumulator) for p in plans
-            ]
+        imprecise = self.device.accumulator("e4m3")
+        if problem.quant and problem.quant.activation and imprecise.bits is not None:
+            # Which instruction a tile size leads to is the compiler's choice: the exact sum is tried first.
+            plans += [replace(p, accumulator=imprecise) for p in plans if p.quantizes_activations]
         return plans
 
     def fill_in(self, verdict: Verdict) -> None:
@@ -202,6 +201,9 @@ class Session:
         if self.judgements:
             worst = max(self.judgements, key=lambda j: j.budget)
             verdict.budget, verdict.statistic, verdict.plan = worst.budget, worst.worst, worst.plan
+            for judgement in self.judgements:
+                for name, used in judgement.budgets.items():
+                    verdict.budgets[name] = max(used, verdict.budgets.get(name, 0.0))
         if self.traces:
             verdict.trace = self.traces[-1].summary()
 
@@ -273,15 +275,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
 
 
-def digest(t: Tensor) -> int:
+def digest(t: Tensor) -> tuple[int, ...]:
     """A checksum of the tensor's bits: cheap enough to be taken around every call, also of whole-size layers."""
-    if t.dim() > 1 and t.numel() > 2**24:
-        return hash(tuple(digest(part) for part in t))
-    if not t.numel():
-        return 0
     raw = _bytes(t)
     words = raw[: len(raw) // 4 * 4].view(torch.int32)
-    return hash((int(words.sum(dtype=torch.int64)), int(raw[len(words) * 4 :].sum(dtype=torch.int64)), len(raw)))
+    parts = (words, words[::2], raw[len(words) * 4 :])
+    return (*(int(part.sum(dtype=torch.int64)) for part in parts), len(raw))
 
 
 def _doubt(judgement: Judgement, given: Inputs) -> str | None:

@@ -263,8 +263,9 @@ def verify(args: argparse.Namespace) -> int:
 def pytest_command(device: str, specs: list[str], jobs: int | None, more: list[str]) -> list[str]:
     """One device's part of `verify`."""
     path = Path("results") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{device}.jsonl"
-    # "=" in every option: pytest would take a loose path for one to look for its configuration in.
-    command = [sys.executable, "-m", "pytest", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
+    # "=" in every option: pytest would take a loose path for one to look for its configuration in. -rN: our own
+    # summary names the failures.
+    command = [sys.executable, "-m", "pytest", "-rN", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
     command += [f"--device={device}", f"--results={path}", f"--floor={ROOT / 'cases' / 'floor.toml'}"]
     command += [f"--backend={spec}" for spec in specs]
     if importlib.util.find_spec("xdist"):

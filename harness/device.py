@@ -58,8 +58,8 @@ class Device:
     def accumulator(self, operand: str) -> Accumulator:
         """How this device's matrix units add up products of `operand` ("e4m3", "bf16", ...).
 
-        Hopper's fp8 tensor cores align products to the largest one and keep 13 fraction bits (measured here on an H200;
-        also arXiv:2412.19437, section 3.3.2); kernels that promote every 128 products to float32 bound that loss.
+        Hopper's fp8 tensor cores align products to the largest one and keep few of the bits below it
+        (arXiv:2412.19437, section 3.3.2); kernels that promote every 128 products to float32 bound that loss.
         """
         if self.torch.type == "cuda" and operand == "e4m3" and torch.cuda.get_device_capability()[0] == 9:
             return Accumulator(bits=13, depth=32, promote=128)

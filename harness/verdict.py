@@ -23,12 +23,14 @@ class Verdict:
     family: str = ""
     reason: str = ""  #: one line: what failed, or why it did not run
     report: str = ""  #: many lines, for whoever has to mend it
-    budget: float = 0.0
+    budget: float = 0.0  #: of the worst statistic of the worst call
     statistic: str = ""
+    budgets: dict[str, float] = field(default_factory=dict)  #: of every statistic, over all calls
     plan: str = ""
     seconds: float = 0.0
     calls: int = 0  #: calls of the backend that were judged
     trace: dict[str, Any] = field(default_factory=dict)
+    spec: str = ""  #: how --backend named the backend, if not by its name
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -42,10 +44,15 @@ class Verdict:
     def reproduce(self) -> str:
         """The one line that runs this case again."""
         device = self.device.split()[0]
-        return f"python3 -m harness run {self.case} --backend {self.backend} --device {device}"
+        return f"python3 -m harness run {self.case} --backend {self.spec or self.backend} --device {device}"
 
     def record(self) -> dict[str, Any]:
         """JSON-ready: infinities become the string "inf"."""
         found = asdict(self) | {"reproduce": self.reproduce}
-        found["budget"] = self.budget if math.isfinite(self.budget) else "inf"
+        found["budget"] = _finite(self.budget)
+        found["budgets"] = {name: _finite(used) for name, used in self.budgets.items()}
         return found
+
+
+def _finite(used: float) -> float | str:
+    return used if math.isfinite(used) else "inf"

@@ -1,0 +1,104 @@
+"""pyproject.toml, constraints.txt, Makefile, .ci/run: they agree with each other and with what the code imports."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+#: A distribution is mostly imported by its own name.
+IMPORTED_AS = {"pytest": {"pytest", "_pytest"}, "ml-dtypes": {"ml_dtypes"}}
+BY_PYTEST = {"tomli", "tomllib"}  # Python 3.11 has the latter; for 3.10, pytest brings the former
+
+
+def requirements(*extras):
+    project = PROJECT["project"]
+    lines = project["dependencies"] + [r for e in extras for r in project["optional-dependencies"][e]]
+    return {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
+
+
+def imported(room):
+    for path in (ROOT / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("room, extras", [("harness", ()), ("reference", ()), ("cases", ()), ("kernels", ("test",))])
+def test_what_is_imported_is_declared(room, extras):
+    rooms = {"harness", "reference", "kernels", "cases"}
+    declared = {name for r in requirements(*extras) for name in IMPORTED_AS.get(r, {r})}
+    assert set(imported(room)) - set(sys.stdlib_module_names) - rooms - declared - BY_PYTEST == set()
+
+
+def test_constraints_pin_what_the_extras_ask_for_and_nothing_else():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
+    wanted = requirements("test", "dev")
+    assert pinned.keys() == wanted.keys()
+    for name, pin in pinned.items():
+        version = re.fullmatch(r"==([\d.]+)", str(pin.specifier))
+        assert version and wanted[name].specifier.contains(version[1]), pin
+
+
+def test_only_the_project_s_own_pytest_options_are_always_on():
+    assert PROJECT["tool"]["pytest"]["ini_options"]["addopts"] == ["--strict-markers"]
+    assert "pytest11" not in PROJECT["project"].get("entry-points", {})  # see conftest.py
+
+
+def test_the_command_is_there():
+    module, _, name = PROJECT["project"]["scripts"]["moe-harness"].partition(":")
+    assert (module, name) == ("harness.cli", "main")
+    done = subprocess.run([sys.executable, "-m", "harness", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and all(
+        f"    {c} " in done.stdout for c in ("doctor", "list", "run", "verify", "floor")
+    )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(
+    "python, message",
+    [
+        ("no-such-python", "make: no no-such-python here; name one with PYTHON=..."),
+        ("echo 'Python 3.6.15'; false", "make: Python 3.6.15 is too old, 3.10 is needed; name another with PYTHON=..."),
+        ('case "$2" in *venv*) exit 1;; esac', "cannot make virtual environments; install its venv package"),
+    ],
+    ids=["missing", "old", "no venv"],
+)
+def test_make_says_what_is_wrong_with_python_in_one_line(tmp_path, python, message):
+    if python.startswith("no-"):
+        path = Path(python)
+    else:
+        path = tmp_path / "python3"
+        path.write_text(f"#!/bin/sh\n{python}\n")
+        path.chmod(0o755)
+    arguments = [f"PYTHON={path}", f"VENV={tmp_path}/venv"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    done = subprocess.run(["make", "-s", "test", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
+    lines = done.stderr.splitlines()
+    assert done.returncode and message in lines[0] and len(lines) == 2  # the second is make's own
+    assert not (tmp_path / "venv").exists()
+
+
+def test_ci_runs_the_make_targets_and_takes_no_arguments():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    assert "set -euo pipefail" in text and all(f"make {target}" in text for target in ("lint", "test", "verify"))
+    assert "run: .ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()

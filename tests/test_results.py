@@ -1,0 +1,207 @@
+"""harness/results.py and harness/summary.py: what is written is read back, and the whole text of the table."""
+
+import json
+
+import pytest
+
+from harness import results, summary
+from harness.summary import Missing
+from harness.verdict import Verdict
+
+
+def verdict(status, backend="triton", family="layers", reason="", budget=0.0, device="cpu", case="t1-h64"):
+    return Verdict(case, backend, device, status, family, reason, budget=budget).record()
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+def test_runs_are_appended_and_read_back(tmp_path):
+    path = tmp_path / "new" / "r.jsonl"
+    for status in ("passed", "failed"):
+        file = results.Results(path, "abc")
+        file.append(verdict(status, budget=float("inf")))
+        assert path.read_text().endswith("\n")  # at once, not when the file is closed
+        file.close()
+    found, remarks = results.read(path)
+    assert [(r["status"], r["budget"], r["commit"], r["schema"]) for r in found] == [
+        ("passed", "inf", "abc", 1),
+        ("failed", "inf", "abc", 1),
+    ]
+    assert (
+        remarks == []
+        and found[0]["run"]
+        and found[0]["time"]
+        and found[0]["reproduce"].startswith("python3 -m harness")
+    )
+
+
+def test_a_line_that_was_cut_is_left_out_and_does_not_spoil_the_next(tmp_path):
+    path = tmp_path / "r.jsonl"
+    file = results.Results(path, "abc")
+    file.append(verdict("passed"))
+    file.close()
+    path.write_text(path.read_text() + '{"schema": 1, "case": "t1-')
+    file = results.Results(path, "abc")
+    file.append(verdict("failed"))
+    file.close()
+    found, remarks = results.read(path)
+    assert [r["status"] for r in found] == ["passed", "failed"]
+    assert remarks == [f"{path}:2: left out, the line is cut off after 26 characters"]
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(results.ResultsError, match="No such file or directory"):
+        results.read(tmp_path / "none")
+    (tmp_path / "old").write_text('{"schema": 0}\n')
+    with pytest.raises(results.ResultsError, match=r"old:1: schema=0: this version reads 1"):
+        results.read(tmp_path / "old")
+    with pytest.raises(results.ResultsError, match="--results .*: Is a directory"):
+        results.Results(tmp_path, "abc")
+
+
+def test_a_backend_that_is_not_registered_is_reproduced_by_its_spec():
+    found = Verdict("t1-h64", "mine", "xpu (emulated)", "failed")
+    again = "python3 -m harness run t1-h64 --backend pkg.moe:Mine --device xpu"
+    assert results.reproduce(found, "pkg.moe:Mine") == again
+
+
+def test_the_commit_is_unknown_outside_of_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert results.commit(tmp_path) == "unknown"
+
+
+# -- the floor --------------------------------------------------------------------------------------------------------
+def test_a_new_floor_is_ninety_percent_of_the_last_run(tmp_path):
+    old = [verdict("passed") | {"run": "1"}] * 50
+    new = [verdict(s) | {"run": "2"} for s in ["passed"] * 15 + ["mistrusted", "failed", "hung", "crashed"]]
+    other = [verdict("passed", "grouped-mm", device="xpu (emulated)") | {"run": "0"}] * 10
+    text = results.new_floor([*old, *other, *new, verdict("unsupported") | {"run": "2"}])
+    assert text.splitlines()[2:] == ["", "[cpu]", "triton = 17", "", "[xpu-emulated]", "grouped-mm = 9"]
+    path = tmp_path / "floor.toml"
+    path.write_text(text)
+    floor = results.read_floor(path)
+    assert floor == {"cpu": {"triton": 17}, "xpu-emulated": {"grouped-mm": 9}}
+    assert results.shortfalls(floor, new, ["cpu"]) == []
+    assert results.shortfalls(floor, new[:16], ["cpu"], ["grouped-mm"]) == []
+    short = results.shortfalls(floor, new[:16], ["cpu", "xpu (emulated)"])
+    assert [line.partition(" are due")[0] for line in short] == [
+        "floor: triton on cpu executed 16 verdicts, at least 17",
+        "floor: grouped-mm on xpu-emulated executed 0 verdicts, at least 9",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("cpu = 3", r"cpu=3: must be a table, \[cpu\]"),
+        ("[cpu]\ntriton = -1", r"\[cpu\] triton=-1: must be a count, 0 or more"),
+        ("[cpu]\ntriton = true", r"\[cpu\] triton=True: must be a count, 0 or more"),
+        ("[cpu", "--floor .*floor.toml: Expected ']'"),
+    ],
+)
+def test_a_floor_that_makes_no_sense(tmp_path, text, message):
+    (tmp_path / "floor.toml").write_text(text)
+    with pytest.raises(results.ResultsError, match=message):
+        results.read_floor(tmp_path / "floor.toml")
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+RECORDS = [
+    *[verdict("passed", budget=b) for b in (0.0, 0.81)],
+    verdict("failed", family="weight_swap", reason="off by one", budget=12.5, case="t2-h64"),
+    *[verdict("unsupported", "grouped-mm", reason="quant: bf16 only")] * 3,
+    verdict("unsupported", "grouped-mm", reason="quant: no fp8"),
+    verdict("unsupported", "grouped-mm", "weight_swap", reason="scenario: keeps nothing"),
+    verdict("mistrusted", "grouped-mm", reason="few outputs are telling", budget=0.5, case="t3-h64"),
+    verdict("hung", "triton-cached", "weight_swap", "no answer in 300 s", device="xpu (emulated)", case="t4-h64"),
+]
+
+
+def test_the_whole_summary():
+    found = summary.render(
+        RECORDS,
+        [Missing("eager", "cpu", "package: transformers is not installed", 40)],
+        ["nothing runs on cuda: no CUDA device"],
+        "-k h64",
+        "results/x.jsonl",
+    )
+    assert (
+        "\n".join(found)
+        == """\
+nothing runs on cuda: no CUDA device
+This was a selection (-k h64), not a whole run.
+
+                                   layers     weight_swap
+grouped-mm@cpu               0/0/1/4 0.50    0/0/0/1 0.00
+triton@cpu                   2/0/0/0 0.81   0/1/0/0 12.50
+triton-cached@xpu-emulated              -    0/1/0/0 0.00
+A cell: passed/failed/mistrusted/unsupported, worst share of the error budget (above 1 fails).
+
+Executed 5 verdicts: 2 passed, 1 failed, 1 hung, 1 mistrusted. Not run: 5 unsupported.
+
+Not run, by declared reason:
+  quant    4  mostly grouped-mm@cpu: bf16 only
+  scenario 1  grouped-mm@cpu: keeps nothing
+
+Not available here:
+  eager@cpu missed 40 cases: package: transformers is not installed
+
+Failures:
+  failed: triton@cpu: off by one
+    python3 -m harness run t2-h64 --backend triton --device cpu
+  hung: triton-cached@xpu-emulated: no answer in 300 s
+    python3 -m harness run t4-h64 --backend triton-cached --device xpu
+
+Mistrusted (they match, but the output proves little):
+  grouped-mm@cpu t3-h64: few outputs are telling
+
+Results: results/x.jsonl"""
+    )
+
+
+def test_a_short_summary():
+    assert (
+        "\n".join(summary.render(RECORDS[:3], results="x.jsonl", short=True))
+        == """\
+              all families
+triton@cpu   2/1/0/0 12.50
+A cell: passed/failed/mistrusted/unsupported, worst share of the error budget (above 1 fails).
+Executed 3 verdicts: 2 passed, 1 failed. Not run: 0 unsupported.
+Failures:
+  failed: triton@cpu: off by one
+    python3 -m harness run t2-h64 --backend triton --device cpu
+Results: x.jsonl"""
+    )
+
+
+def test_nothing_ran_nothing_to_say():
+    assert summary.render([]) == []
+
+
+def test_a_wide_table_is_folded_and_long_lists_are_cut():
+    records = [verdict("passed", family=f"family_number_{n:02}") for n in range(20)]
+    records += [verdict("failed", reason="x" * 300)] * 12
+    found = summary.render(records)
+    table = summary.table(records)
+    assert max(map(len, found)) == summary.WIDTH and sum(line.startswith("triton@cpu") for line in table) == 5
+    assert all(sum(f"number_{n:02}" in line for line in table) == 1 for n in range(20))
+    assert found[-1] == "  and 2 more"
+
+
+@pytest.mark.parametrize(
+    "budget, text",
+    [
+        (0, "0.00"),
+        (0.996, "1.00"),
+        (1.004, "1.00"),
+        (99.99, "99.99"),
+        (1234, "1234"),
+        (5e6, "5e06"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_shares(budget, text):
+    assert summary.share(budget) == text
+
+
+def test_records_are_lines_of_json():
+    assert json.loads(json.dumps(verdict("passed"))) == verdict("passed")
