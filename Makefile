@@ -25,7 +25,7 @@ lint: $(STAMP)
 	@echo "mypy" && $(BIN)/mypy
 
 # The stamp is written last: an installation that was interrupted is taken up again.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	@command -v "$(PYTHON)" >/dev/null || { echo "make: no $(PYTHON) here; name one with PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "make: $$("$(PYTHON)" --version 2>&1) is too old, 3.10 is needed; name another with PYTHON=..." >&2; exit 1; }

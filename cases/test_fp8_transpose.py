@@ -12,17 +12,16 @@ SCHEMES = (
 SHAPES = {
     "h256-i128": "K == 2I: w13 is square, a missing or double transpose keeps every shape legal",
     "h128-i128": "K == I: w2 is square",
-    "h320-i192": "neither K nor I a multiple of 128: ragged blocks; 2I is, and the gate/up boundary falls inside a block",
-    "h136-i264": "K and I just over a block",
+    "h192-i96": "neither K nor I a multiple of 128: ragged blocks, and the gate/up boundary falls inside a block",
+    "h136-i136": "K and I just over a block",
 }
 ROWS = {
     row: why
     for shape, reason in SHAPES.items()
-    for row, why in sweep(
-        "t9-" + shape + "-e4-k2-bf16-{f}.{s}-{l}", reason, f=("e4m3", "e5m2"), s=SCHEMES, l=("nk", "kn")
-    ).items()
+    for row, why in sweep("t9-" + shape + "-e4-k2-bf16-e4m3.{s}-{l}", reason, s=SCHEMES, l=("nk", "kn")).items()
 }
 ROWS |= {
+    **sweep("t9-{h}-e4-k2-bf16-e5m2.{s}-{l}", "the other weight format, square and ragged", h=("h256-i128", "h192-i96"), s=SCHEMES, l=("nk", "kn")),
     **sweep("t7-h384-i128-e4-k2-fp16-e4m3.{s}-{l}", "fp16 hidden_states", s=SCHEMES, l=("nk", "kn")),
     **sweep("t33-h128-i256-e3-k2-bf16-e4m3.{s}-kn-bias", "biases come after the scales", s=SCHEMES),
     **sweep("t12-h128-i128-e4-k2-bf16-e4m3.{s}-{l}-ep2.1", "scales of local experts", s=("channel.token", "block.group"), l=("nk", "kn")),
@@ -30,7 +29,7 @@ ROWS |= {
             a=("none", "group"), l=("nk", "kn"), g=("swigluoai", "relu2")),
     **sweep("t5-h128-i64-e4-k2-bf16-e4m3.block.group-{l}", "2I is exactly one block: gate and up share a scale", l=("nk", "kn")),
     **sweep("t5-h64-i64-e4-k2-bf16-e4m3.{s}-{l}", "everything inside one block", s=SCHEMES, l=("nk", "kn")),
-    **sweep("t6-h384-i320-e4-k2-bf16-{f}.block.{a}-kn-{r}", "transposed block scales with unserved slots",
+    **sweep("t6-h320-i192-e4-k2-bf16-{f}.block.{a}-kn-{r}", "transposed block scales with unserved slots",
             f=("e4m3", "e5m2"), a=("none", "group"), r=("invalid", "half")),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ and, if it wants,
 
     available()           None, or one line: why it cannot be used here (a package is missing)
     supports(problem)     None, or "<keyword>: reason" with a keyword of UNSUPPORTED
-    plans(problem)        its rounding plans, a list of dicts (reference/plan.py); undeclared: a set of usual ones is tried
+    plans(problem)        its rounding plans, a list of dicts (reference/plan.py); undeclared: usual ones are tried
     interpreted           True for Triton kernels: on the CPU they need Triton's interpreter
     expected_launches(problem)   (required, forbidden): sets of substrings of kernel names, checked against the trace
 
@@ -23,8 +23,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any
 
 import torch
 
@@ -59,7 +60,7 @@ class BackendError(Exception):
 class Layer:
     """What a serving engine's MoE module holds. Scenarios assign to its fields between calls.
 
-    layout "nk": w13 [E, 2I, K] (gate rows, then up rows; swigluoai interleaves them; relu2: [E, I, K]) and w2 [E, K, I];
+    layout "nk": w13 [E, 2I, K] (gate rows, then up rows; interleaved for swigluoai; relu2: [E, I, K]), w2 [E, K, I];
     layout "kn": w13 [E, K, 2I] and w2 [E, I, K], with block scales transposed likewise. E counts local experts.
     Scales are float32: weights [E], [E, N] or [E, ceil(N/128), ceil(K/128)]; static activation scales [1].
     Biases [E, 2I] and [E, K] in the dtype of hidden_states. expert_map int32 [num_experts] -> local expert or -1.
@@ -85,16 +86,19 @@ def load(spec: str) -> Any:
     if ":" not in spec:
         known = {b.name: b for b in installed()}
         if spec not in known:
-            raise BackendError(f"--backend {spec}: no such backend; known: {', '.join(known)}, or package.module:object")
+            raise BackendError(
+                f"--backend {spec}: no such backend; known: {', '.join(known)}, or package.module:object"
+            )
         return known[spec]
     module, _, attribute = spec.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        raise BackendError(f"--backend {spec}: {error}; run from where the module can be imported") from error
     except AttributeError as error:
         raise BackendError(f"--backend {spec}: module {module} has no {attribute!r}") from error
-    backend = found() if inspect.isclass(found) else found
+    except Exception as error:  # whatever somebody else's module raises: it is named, and is the cause
+        hint = "; run from where it can be imported" if getattr(error, "name", "") == module else ""
+        raise BackendError(f"--backend {spec}: cannot import {module}: {type(error).__name__}: {error}{hint}") from error
+    backend: Any = found() if inspect.isclass(found) else found
     for name, kind in (("name", "a string"), ("devices", "a set of device names"), ("prepare", "a method")):
         if not hasattr(backend, name):
             raise BackendError(f"--backend {spec}: it has no attribute {name!r} ({kind}); see docs/your-kernel.md")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from types import ModuleType
-from typing import Any, Iterable
+from typing import Any
 
 from harness.device import Device
 from harness.exact import inexact

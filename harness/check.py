@@ -7,12 +7,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import inspect
+import os
+import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +39,7 @@ from reference.formats import decode
 from reference.moe import local_experts
 from reference.plan import RoundingPlan, parse_plan, undeclared_plans
 
+ONE_AT_A_TIME = 4 * 2**30  #: bytes of weights from which only one process of a run may hold a layer
 WHOLE = 256 * 2**20  #: bytes of weights from which a layer is drawn, and the oracle computed, on the GPU
 FENCE = 512  #: elements of canary before and after the output
 CANARY = -768.0  #: representable in every io dtype
@@ -41,6 +48,13 @@ CANARY = -768.0  #: representable in every io dtype
 def run(case: Case, backend: Any, device: Device, family: str = "") -> Verdict:
     """The verdict for one case. A kernel's fault is a verdict; DeviceLost means that nothing else can run here."""
     started = time.perf_counter()
+    with _room(case.problem, device):
+        verdict = _run(case, backend, device, family)
+    verdict.seconds = time.perf_counter() - started
+    return verdict
+
+
+def _run(case: Case, backend: Any, device: Device, family: str) -> Verdict:
     verdict = Verdict(str(case), backend.name, str(device), "passed", family)
     session = None
     try:
@@ -61,14 +75,44 @@ def run(case: Case, backend: Any, device: Device, family: str = "") -> Verdict:
         verdict.status = "crashed"
         verdict.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         verdict.report = traceback.format_exc()
-    verdict.seconds = time.perf_counter() - started
     if session is not None:
         session.fill_in(verdict)
     if not verdict.green:
         # The tensors are shared between backends: one that broke them must not break the next.
-        inputs.forget()
-        _drawn.cache_clear()
+        _forget()
     return verdict
+
+
+@contextmanager
+def _room(problem: Problem, device: Device) -> Iterator[None]:
+    """Whole-size layers share the device with other processes of the run: none keeps more than the layer it is at, and
+    the largest are tested by one process at a time."""
+    size = weight_bytes(problem)
+    if device.torch.type == "cpu" or size < WHOLE:
+        yield
+        return
+    if (key := problem.weights_key()) != _WHOLE_AT.get("layer"):
+        _forget()
+        _WHOLE_AT["layer"] = key
+    with open(Path(tempfile.gettempdir()) / f"moe-harness-{os.getuid()}-{device.name}.lock", "w") as turn:
+        if size > ONE_AT_A_TIME:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if size > ONE_AT_A_TIME:
+                _forget()
+            device.release()
+
+
+_WHOLE_AT: dict[str, Problem] = {}
+
+
+def _forget() -> None:
+    """Drop every drawn tensor and expected result."""
+    inputs.forget()
+    _drawn.cache_clear()
+    _EXPECTED.clear()
 
 
 def why_not(case: Case, backend: Any, device: Device) -> str | None:
@@ -155,7 +199,9 @@ class Session:
         self.require(shape == wanted, f"returned {shape}; it must be {wanted}{where}")
         edges = torch.cat([fenced[:FENCE], fenced[FENCE + x.numel() :]])
         self.require(bool((edges == CANARY).all()), f"wrote outside of out: a canary next to it changed{where}")
-        for name, old, new in zip(("hidden_states", "topk_weights", "topk_ids"), before, (x, given.topk_weights, given.topk_ids)):
+        for name, old, new in zip(
+            ("hidden_states", "topk_weights", "topk_ids"), before, (x, given.topk_weights, given.topk_ids)
+        ):
             self.require(same_bits(old, new), f"{name} was changed by the call{where}")
         changed = [name for name, t in given.handed.tensors().items() if digest(t) != digests[name]]
         self.require(not changed, f"the layer's {', '.join(changed)} was changed by the call{where}")
@@ -229,7 +275,9 @@ def require_agreement(device: torch.device) -> None:
             a, b = getattr(here, name), getattr(there, name).cpu()
             apart = float((a - b).abs().max() / a.abs().max())
             if apart > 1e-9:
-                raise RuntimeError(f"the float64 oracle on {device} differs from the CPU's by {apart:.1e} in {name}: {text}")
+                raise RuntimeError(
+                    f"the float64 oracle on {device} differs from the CPU's by {apart:.1e} in {name}: {text}"
+                )
 
 
 @lru_cache(maxsize=2)
@@ -284,7 +332,7 @@ def digest(t: Tensor) -> tuple[int, ...]:
 
 
 def _doubt(judgement: Judgement, given: Inputs) -> str | None:
-    """Why a match proves little, if it does: of the rows that an expert serves, too few outputs stand out of the noise."""
+    """Why a match proves little, if it does: of the rows that are served, too few outputs stand out of the noise."""
     expected = judgement.expected
     if expected is None or not expected.numel():
         return "there is no output to compare"

@@ -24,11 +24,10 @@ from harness import device as devices
 from harness.backend import BackendError
 from harness.device import DEVICES, Device, DeviceLost
 from harness.problem import FILLS, Case, DescriptorError, Problem
-from harness.verdict import Verdict
+from harness.verdict import GREEN, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "ml_dtypes", "pytest", "pytest-xdist", "pytest-benchmark", "transformers")
-GPU_JOBS = 4  #: workers that share one GPU: each keeps a context and the layers of its cases there
 
 
 class Wrong(Exception):
@@ -172,7 +171,10 @@ def _first_line(module: Any) -> str:
 
 # -- run --------------------------------------------------------------------------------------------------------------
 def run(args: argparse.Namespace) -> int:
-    case = Case.parse(args.descriptor)
+    try:
+        case = Case.parse(args.descriptor)
+    except DescriptorError as error:
+        raise Wrong(f"{error}; those in use: python3 -m harness list --why") from error
     if args.seeds < 1:
         raise Wrong(f"--seeds {args.seeds}: 1 or more")
     device = the_device(args.device)
@@ -183,20 +185,24 @@ def run(args: argparse.Namespace) -> int:
         print("xpu is EMULATED on the CPU by Triton's interpreter, nothing runs on an XPU:", devices.why_absent("xpu"))
     from harness import check
 
-    worst = 0
+    counts: Counter[str] = Counter()
     for seed in range(case.seed, case.seed + args.seeds):
+        if counts and not args.json:
+            print()
         try:
             verdict = check.run(case.change(seed=seed), backend, device)
+            verdict.spec = args.backend
         except DeviceLost as error:
             print(f"moe-harness: the device is lost: {error}", file=sys.stderr)
             return 1
-        record = verdict.record() | {"reproduce": results.reproduce(verdict, args.backend)}
         if args.json:
-            print(json.dumps(record | {"environment": devices.environment(device)}, default=str), flush=True)
+            print(json.dumps(verdict.record() | {"environment": devices.environment(device)}, default=str), flush=True)
         else:
-            print("\n".join(_told(case.change(seed=seed), verdict, record)), flush=True)
-        worst = max(worst, 0 if verdict.green else 1)
-    return worst
+            print("\n".join(_told(case.change(seed=seed), verdict)), flush=True)
+        counts[verdict.status] += 1
+    if args.seeds > 1 and not args.json:
+        print(f"\n{args.seeds} seeds: {', '.join(f'{n} {status}' for status, n in counts.items())}")
+    return 0 if set(counts) <= set(GREEN) else 1
 
 
 def in_words(case: Case) -> list[str]:
@@ -208,7 +214,7 @@ def in_words(case: Case) -> list[str]:
         scheme = f"{p.quant.weight_format} weights scaled per {p.quant.weight}, {taken}"
     shape = "x".join(map(str, (p.local_experts, p.w13_rows, p.hidden_size)))
     more = [
-        p.activation + (f" clamped at {p.limit:g}" if p.limit is not None else ""),
+        f"activation {p.activation}" + (f" clamped at {p.limit:g}" if p.limit is not None else ""),
         "biases" if p.bias else "",
         "router weight on input" if p.router_weight_on_input else "",
         f"rank {p.ep.rank} of {p.ep.size}{' (strided)' if p.ep.strided else ''}" if p.ep else "",
@@ -217,22 +223,26 @@ def in_words(case: Case) -> list[str]:
     ]
     return [
         f"  {p.tokens} tokens of {p.hidden_size}, top {p.top_k} of {p.num_experts} experts of {p.intermediate_size}",
-        f"  {p.dtype}, {scheme}; w13 {shape}, layout {p.layout}; topk_ids int{p.ids}, routing {p.routing}",
+        f"  {p.dtype}, {scheme}",
+        f"  w13 {shape}, layout {p.layout}; topk_ids int{p.ids}, routing {p.routing}",
         f"  {', '.join(filter(None, more))}",
         f"  fill {case.fill}, seed {case.seed}, scenario {case.scenario}",
     ]
 
 
-def _told(case: Case, verdict: Verdict, record: dict[str, Any]) -> list[str]:
+def _told(case: Case, verdict: Verdict) -> list[str]:
     lines = [f"{case} on {verdict.backend}, {verdict.device}", *in_words(case)]
-    lines.append(f"{verdict.status}{': ' + verdict.reason if verdict.reason else ''}")
+    not_run = ", so it was not run" if verdict.status == "unsupported" else ""
+    lines.append(f"{verdict.status}{not_run}{': ' + verdict.reason if verdict.reason else ''}")
+    report = verdict.report.rstrip()
     if verdict.calls:
-        lines.append(f"  judged       {verdict.calls} calls in {verdict.seconds:.2f} s")
-        worst = f", by {verdict.statistic}" if verdict.statistic else ""
-        lines.append(f"  budget used  {summary.share(verdict.budget)}{worst} (above 1 fails)")
-        each: dict[str, float] = getattr(verdict, "budgets", {})
-        lines += [f"    {name:10} {summary.share(float(used))}" for name, used in each.items()]
-        lines += [f"  plan         {verdict.plan}"] if verdict.plan else []
+        lines.append(
+            f"  judged       {summary.number(verdict.calls, 'call')} in {verdict.seconds:.2f} s, oracle included"
+        )
+        each = [f"{name} {summary.share(used)}" for name, used in verdict.budgets.items()]
+        told = f" ({', '.join(each)})" if each else ""
+        lines.append(f"  budget used  {summary.share(verdict.budget)}{told}; above 1 fails")
+        lines += [f"  plan         {verdict.plan}"] if verdict.plan and verdict.plan not in report else []
     if verdict.trace:
         trace = dict(verdict.trace)
         launches = Counter(trace.pop("launches", []))
@@ -240,11 +250,9 @@ def _told(case: Case, verdict: Verdict, record: dict[str, Any]) -> list[str]:
         lines.append(f"  launched     {named or 'no Triton kernel'}")
         rest = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in trace.items())
         lines.append(f"  traced       {rest}")
-    if verdict.report:
-        lines += ["", *verdict.report.rstrip().splitlines()]
-    if not verdict.green:
-        lines += [record["reproduce"]]
-    return lines
+    report = report.removeprefix(verdict.reason).strip("\n")  # its first line has been said
+    lines += ["", *report.splitlines()] if report else []
+    return lines if verdict.green or lines[-1] == verdict.reproduce else [*lines, "", verdict.reproduce]
 
 
 # -- verify and floor -------------------------------------------------------------------------------------------------
@@ -268,9 +276,12 @@ def pytest_command(device: str, specs: list[str], jobs: int | None, more: list[s
     command = [sys.executable, "-m", "pytest", "-rN", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
     command += [f"--device={device}", f"--results={path}", f"--floor={ROOT / 'cases' / 'floor.toml'}"]
     command += [f"--backend={spec}" for spec in specs]
-    if importlib.util.find_spec("xdist"):
+    # On a GPU the plugin chooses the number of workers.
+    if importlib.util.find_spec("xdist") and (jobs or device == "cpu"):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        command += ["-n", str(jobs or (cores if device == "cpu" else min(GPU_JOBS, cores)))]
+        # Each worker starts with one stretch of the items: those of one case come together, and what is drawn and
+        # computed for it is kept in a process. With --dist=load they would be dealt out in small portions.
+        command += ["--dist=worksteal", "-n", str(jobs or cores)]
     return [*command, str(ROOT / "cases"), *more]
 
 

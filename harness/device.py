@@ -49,6 +49,11 @@ class Device:
         except RuntimeError as error:
             raise DeviceLost(f"{self.name} does not answer any more: {str(error).splitlines()[0]}") from error
 
+    def release(self) -> None:
+        """Give memory that torch keeps for itself back to the device, where other processes need it."""
+        if self.torch.type != "cpu":
+            _module(self.name).empty_cache()
+
     def memory_bytes(self) -> int:
         """Free memory for tensors, in bytes."""
         if self.torch.type == "cpu":

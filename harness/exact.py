@@ -10,7 +10,7 @@ x       entries +-1. The columns of W1 come in a few sign signatures; in every s
 gate    16 x . V_q + 112 if the row is on for the token's class, - 192 if it is off (class columns of x are one-hot):
         silu, gelu and tanh-gelu return the gate itself (>= 64: also in float64) or zero (<= -144: also in float32).
 a       gate * up = 32 * {2..5} * {1, 3}: at most four significant bits, exact in bf16, fp16 and e4m3.
-W2      +-1 on so few rows that the sum over I and over top_k fits in the eight bits of bf16; router weights are 1/2 or 1.
+W2      +-1 on so few rows that the sum over I and top_k fits in the eight bits of bf16; router weights are 1/2 or 1.
 fp8     scales are powers of two. Dynamic scales are made so: each 1x128 group of x holds +448*2^j and -448*2^j, whose
         contributions cancel; each 128 rows of I hold one whose activation is 448*2^j for every token.
 """
@@ -118,7 +118,9 @@ def hidden_states(problem: Problem, s: Structure, rng: torch.Generator) -> Tenso
     # Take one entry out of one class (all sums become +-1), or of three (+-1 and +-3).
     present = s.signature.unique()
     chosen = present[rand(tokens, len(present)).argsort(1)[:, :3]]
-    three = (rand(tokens) < 0.5) if s.wide and len(present) >= 3 else torch.zeros(tokens, dtype=torch.bool, device=device)
+    three = (
+        (rand(tokens) < 0.5) if s.wide and len(present) >= 3 else torch.zeros(tokens, dtype=torch.bool, device=device)
+    )
     for j in range(min(3, chosen.shape[1])):
         keys = rand(tokens, len(s.free)) + 1
         keys[(s.signature[None] != chosen[:, j : j + 1]) | (signs == 0)] = 0

@@ -1,6 +1,6 @@
 """The oracle's output and, per element, the variance of a correct kernel's difference from it.
 
-Every rounding of the backend's plan is an independent error; it is propagated to the output to second moments. Two modes:
+Every rounding of the backend's plan is an independent error, propagated to the output to second moments. Two modes:
 
 U  the oracle leaves computed values unrounded, and every declared rounding of step s adds s^2/12. One-sided: a kernel
    finer than its plan passes. Gates bf16, fp16, fp32 and weight-only fp8.
@@ -16,19 +16,19 @@ the tie of a normal error of deviation sd.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Callable
 
 import torch
 from torch import Tensor
 
-from reference.formats import decode, fmt, round_to, ulp
-from reference.moe import Experts, Rounding, Stages, activated_gate, forward, up_factor
-from reference.activation import combine_gate_up, is_gated, split_gate_up
-from reference.plan import Accumulator, RoundingPlan
-from reference.quant import dequantize_weight
 from harness.backend import Layer
 from harness.inputs import Inputs
+from reference.activation import combine_gate_up, is_gated, split_gate_up
+from reference.formats import decode, fmt, round_to, ulp
+from reference.moe import Experts, Rounding, Stages, activated_gate, forward, up_factor
+from reference.plan import Accumulator, RoundingPlan
+from reference.quant import dequantize_weight
 
 U32 = 2.0**-24
 EPS_ACT = 2.0**-22  #: relative error of a device's exp, erf or tanh
@@ -149,6 +149,7 @@ def propagate(stages: Stages, experts: Experts, rounding: Rounding, slots: int) 
     if plan.act == "io":
         spread = spread.store(stages.a, _ulp(stages.a, io, spread.total), repeat)
     if quantized:
+        assert stages.a_ratio is not None and stages.a_scale is not None
         spread = spread.plus(4 * FLOAT32_OP * stages.a**2)
         step = _ulp(stages.a_ratio.abs().clamp(max=447.9), "e4m3") * stages.a_scale
         # Beyond 464 both sides saturate and nothing differs.

@@ -1,9 +1,9 @@
-"""A failure in words: what is wrong, where (tokens, experts, slots, columns), the pattern it folds into, the worst elements."""
+"""A failure in words: what is wrong, where (tokens, experts, columns), its pattern, and the worst elements."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from reference.moe import local_experts
 
 TILES = (128, 64, 32, 16)
 SHOWN = 6
+#: What a statistic of harness/judge.py means, for whoever reads a failure.
+STATISTICS = {
+    "rho": "the largest deviation",
+    "rms": "the root mean square deviation",
+    "median": "the median row's deviation",
+    "count": "the number of disturbed rows",
+    "slope": "a scale error common to all rows",
+}
 
 
 @dataclass
@@ -35,15 +43,23 @@ def explain(judgement: Judgement, given: Inputs, what: str = "") -> tuple[str, s
     where = Where(wrong, wrong.any(1), wrong.any(0), experts)
     patterns = list(_patterns(judgement, where))
     over = [f"{name} {_share(used)}" for name, used in judgement.budgets.items() if not used <= 1]
-    summary = f"{judgement.worst} used {_share(judgement.budgets[judgement.worst])} of its budget"
+    if judgement.worst == "equal":
+        summary = f"not bit-exact, {_count(wrong)} outputs differ"
+    elif judgement.worst == "class":
+        summary = f"{_count(wrong)} outputs are NaN or infinite where the oracle's are not, or the other way round"
+    else:
+        summary = f"{judgement.worst} ({STATISTICS[judgement.worst]}) is {_share(judgement.budgets[judgement.worst])} its budget"
     if patterns:
         summary += f": {patterns[0]}"
     if what:
         summary = f"{what}: {summary}"
-    lines = [
-        summary,
-        f"  over budget   {', '.join(over)}",
-        f"  all budgets   {', '.join(f'{n} {_share(u)}' for n, u in judgement.budgets.items())}",
+    lines = [summary]
+    if judgement.worst not in ("equal", "class"):
+        lines += [
+            f"  over budget   {', '.join(over)}",
+            f"  all budgets   {', '.join(f'{n} {_share(u)}' for n, u in judgement.budgets.items())}",
+        ]
+    lines += [
         f"  plan          {judgement.plan}",
         f"  wrong         {_count(wrong)}; {_count(where.rows)} tokens; {_count(where.columns)} columns",
     ]
@@ -97,14 +113,14 @@ def _patterns(judgement: Judgement, where: Where) -> Iterator[str]:
     assert got is not None and expected is not None
     got, expected, wrong = got.cpu(), expected.cpu(), where.wrong
     if not wrong.any():
-        yield "no single element is off, but all together: a coherent or too frequent error (rounding, scale, precision)"
+        yield "no single element is off, but all together: a coherent or too frequent error (rounding, scale)"
         ratio = _factor(got, expected)
         if ratio is not None and abs(ratio - 1) > 1e-4:
             yield f"got is about {ratio:.5g} times expected"
         return
     unwritten = wrong & got.isnan() & ~expected.isnan()
     if unwritten.any():
-        yield f"{_count(unwritten)} of the outputs are NaN: never written (out was filled with NaN), or NaN was read somewhere"
+        yield f"{_count(unwritten)} of the outputs are NaN: never written (out was full of NaN), or NaN was read"
     if not unwritten.any() and bool((got[wrong] == 0).all()):
         yield "every wrong output is zero"
     ratio = _factor(got[wrong], expected[wrong])
@@ -189,12 +205,16 @@ def _worst(judgement: Judgement, where: Where) -> list[str]:
     error = torch.where(where.wrong, (got - expected).abs().nan_to_num(nan=float("inf")), -1.0)
     if sigma is not None:
         error = torch.where(where.wrong, error / sigma.clamp(min=1e-300), -1.0)
-    lines = [f"  {'worst':<13} {'token':>6} {'column':>7} {'expected':>14} {'got':>14} {'off by':>12}  experts of the token"]
+    lines = [
+        f"  {'worst':<13} {'token':>6} {'column':>7} {'expected':>14} {'got':>14} {'off by':>12}  experts of the token"
+    ]
     for place in error.flatten().argsort(descending=True)[:SHOWN].tolist():
         token, column = divmod(place, got.shape[1])
         if not where.wrong[token, column]:
             break
         e, g = float(expected[token, column]), float(got[token, column])
         off = f"{g - e:.3g}" if sigma is None else f"{abs(g - e) / max(float(sigma[token, column]), 1e-300):.1f} sigma"
-        lines.append(f"  {'':<13} {token:>6} {column:>7} {e:>14.6g} {g:>14.6g} {off:>12}  {where.expert[token].tolist()}")
+        lines.append(
+            f"  {'':<13} {token:>6} {column:>7} {e:>14.6g} {g:>14.6g} {off:>12}  {where.expert[token].tolist()}"
+        )
     return lines

@@ -22,6 +22,7 @@ TORCH_DTYPE = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
     "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2,
 }  # fmt: skip
+CPU = torch.device("cpu")
 SIGMA = 1.5  #: standard deviation of GEMM 1's output under the random fill: where silu, gelu and their swap differ
 CODE_SIGMA = 48.0  #: spread of random fp8 codes: all of the format's normal range is used
 
@@ -39,7 +40,7 @@ class Inputs:
     variant: str = ""  #: set by whoever changes a tensor: the expected result is remembered by case and variant
 
 
-def draw(case: Case, device: torch.device = torch.device("cpu")) -> Inputs:
+def draw(case: Case, device: torch.device = CPU) -> Inputs:
     """The Case's tensors. Layers are shared between calls: a scenario that writes to one must clone it first."""
     problem = case.problem
     layer, handed = _layers(problem.weights_key(), case.fill, case.seed, str(device))
@@ -130,7 +131,7 @@ def expert_map(problem: Problem, device: torch.device) -> Tensor | None:
     return torch.where(rank == problem.ep.rank, place, -1).int()
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _layers(problem: Problem, fill: str, seed: int, device_name: str) -> tuple[Layer, Layer]:
     device = torch.device(device_name)
     rng = _generator(Case(problem, fill, seed), "layer", device)
@@ -164,7 +165,9 @@ def _layer(problem: Problem, fill: str, seed: int, rng: torch.Generator) -> Laye
             for name, shape in shapes.items():
                 value = torch.randn(shape, generator=rng, device=device)
                 spread = (SIGMA if name == "w13" else 1.0) / math.sqrt(shape[1])
-                weights[name][e] = (value * CODE_SIGMA).clamp(-448, 448).to(stored) if quant else (value * spread).to(stored)
+                weights[name][e] = (
+                    (value * CODE_SIGMA).clamp(-448, 448).to(stored) if quant else (value * spread).to(stored)
+                )
                 biases[name][e] = (torch.randn(shape[0], generator=rng, device=device) * 0.5).to(io)
     static = {}
     if quant and quant.activation == "tensor_static":
@@ -188,7 +191,7 @@ def _scales(problem: Problem, fill: str, experts: int, shape: tuple[int, int], r
         "tensor": (),
         "channel": shape[:1],
         "block": tuple(math.ceil(n / BLOCK) for n in shape),
-    }[problem.quant.weight]
+    }[problem.quant.weight if problem.quant else "tensor"]
     if fill == "exact":
         return 2.0 ** (torch.randint(3, (experts, *granules), generator=rng, device=rng.device) - 1.0)
     spread = (SIGMA if shape[1] == problem.hidden_size else 1.0) / math.sqrt(shape[1]) / CODE_SIGMA
@@ -208,7 +211,7 @@ def in_layout(layer: Layer, layout: str) -> Layer:
     if layout == "nk":
         return replace(layer)
 
-    def flip(t: Tensor | None) -> Tensor | None:
+    def flip(t):
         return t.transpose(-1, -2).contiguous() if t is not None and t.dim() == 3 else t
 
     return replace(

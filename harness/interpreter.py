@@ -19,6 +19,7 @@ import functools
 import os
 import sys
 import threading
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -31,7 +32,8 @@ _STORED_AS_BITS = {
 }
 _LARGEST = {"fp8e4nv": 448.0, "fp8e5": 57344.0}
 _enabled = False
-tl = None  #: triton.language, once `enable` has imported it: `_probe` finds it here as a kernel finds its imports
+#: triton.language, once `enable` has imported it: `_probe` finds it here as a kernel finds its imports.
+tl: Any = None
 
 
 def enable() -> None:
@@ -74,7 +76,7 @@ def usable() -> str | None:
     return None
 
 
-def _probe(out, n, BLOCK: tl.constexpr):
+def _probe(out, n, BLOCK: tl.constexpr):  # type: ignore[name-defined]  # tl is bound at run time
     # Loops over a runtime bound: the construct that newer numpy versions broke.
     total = tl.arange(0, BLOCK)
     for _ in range(0, n):

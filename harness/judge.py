@@ -5,7 +5,7 @@ Statistics (each is a share of its budget: above 1 fails):
     equal    exact fill: the share of elements that differ must be zero
     class    NaN and the infinities must be where the oracle has them
     rho      the largest deviation against t, where P(|diff| > t) <= ALPHA / 2n. Mode U: roundings are bounded, so their
-             sum is sub-Gaussian: t = sqrt(2 L v), L = ln(2 n / ALPHA). Mode F: flips are rare and large: Bennett's inequality.
+             sum is sub-Gaussian: t = sqrt(2 L v), L = ln(2 n / ALPHA). Mode F: flips are rare and large: Bennett.
     rms      mode U: root mean square of diff / sigma, over all rows and over the rows of each expert
     median   root of the median row's mean square: blind to rare flips, sees whatever touches half the rows
     count    mode F: the number of disturbed rows against the predicted number of flips (Chernoff bound of a Poisson)
@@ -64,7 +64,9 @@ def judge_exact(got: Tensor, expected: Tensor) -> Judgement:
 def judge(got: Tensor, expected: Expected) -> Judgement:
     """Statistical: got [T, K] float64, the values of the io dtype."""
     out = expected.out
-    verdict = Judgement({}, torch.zeros_like(out, dtype=torch.bool), got, out, expected.variance.sqrt(), str(expected.plan))
+    verdict = Judgement(
+        {}, torch.zeros_like(out, dtype=torch.bool), got, out, expected.variance.sqrt(), str(expected.plan)
+    )
     if not out.numel():
         return verdict
     same_class = (got.isnan() == out.isnan()) & ((got.isinf() == out.isinf()) & (~out.isinf() | (got == out)))
@@ -104,7 +106,9 @@ def _row_statistics(verdict: Judgement, expected: Expected, z2: Tensor, experts:
             budgets["median"] = median / MEDIAN_ALL
         for e, mine in experts.items():
             if len(mine) >= (8 if expected.mode == "F" else 32):
-                _keep_worst(verdict, "median", float(z2[mine].median().sqrt()) / MEDIAN_EXPERT, f"median row of expert {e}")
+                _keep_worst(
+                    verdict, "median", float(z2[mine].median().sqrt()) / MEDIAN_EXPERT, f"median row of expert {e}"
+                )
 
 
 def _keep_worst(verdict: Judgement, name: str, used: float, note: str) -> None:
@@ -138,7 +142,7 @@ def _flip_statistics(verdict: Judgement, expected: Expected, diff: Tensor, rows:
 
 
 def _bennett(variance: Tensor, jump: Tensor, level: float) -> Tensor:
-    """t with P(|sum| > t) <= 2 exp(-level) for independent errors of this variance, none larger than jump (Bennett 1962).
+    """t with P(|sum| > t) <= 2 exp(-level) for independent errors of this variance, none above jump (Bennett 1962).
 
     Solves v/M^2 ((1 + x) ln(1 + x) - x) = level for x, t = x v / M, by Newton steps from Bernstein's bound.
     """

@@ -3,8 +3,8 @@
     -m / --device -> devices -> harness.device.start -> items (pytest_generate_tests) -> check() -> harness.check.run
        -> verdict in the report's user_properties -> the controller: results file, table, floor
 
-Under pytest-xdist the workers choose devices and make items exactly as a single process does. A worker that is about to
-die cannot report: it leaves its last words in a file (`Notes`) that the controller reads.
+Which devices: harness/selection.py. What becomes of the verdicts: harness/controller.py. Under pytest-xdist the workers
+choose devices and make items exactly as a single process does.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -23,26 +21,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
-from _pytest.mark.expression import Expression
 
-from harness import battery, results, summary
+from harness import battery
 from harness import device as devices
 from harness.backend import BackendError
+from harness.controller import VERDICT, Controller
 from harness.device import DEVICES, Device, DeviceLost
 from harness.problem import FILLS, Case, DescriptorError
+from harness.selection import MarkExpression, select_devices
 from harness.verdict import Verdict
 
+GPU_WORKERS = 12  #: processes that share a GPU by default
 GRACE = 10  #: seconds after the time limit until a process that cannot even run Python any more is ended
-EMULATED = (
-    "xpu is EMULATED: its contract runs on the CPU, by Triton's interpreter, for backends that declare xpu_contract;",
-    "nothing runs on an XPU: ",
-)
-VERDICT = "moe_verdict"  #: the user property that carries a verdict from a worker to the controller
-ROOT = Path(__file__).resolve().parent.parent
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -57,72 +51,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--results", type=Path, metavar="PATH", help="append one JSON line for every verdict to this file")
     add("--floor", type=Path, metavar="PATH", help="fail if fewer cases ran than this file wants (cases/floor.toml)")
     add("--case-timeout", type=float, default=300, metavar="SECONDS", help="a case's time limit (300; 0: none)")
-
-
-# -- which devices ----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Selection:
-    """The devices to run on, and one line for each that was asked for by name and is not here."""
-
-    devices: tuple[Device, ...]
-    remarks: tuple[str, ...] = ()
-
-
-def select_devices(markexpr: str, named: list[str], present: tuple[str, ...]) -> Selection:
-    """Devices of this machine for which -m can be true and that --device admits; an absent XPU is emulated."""
-    expression = MarkExpression(markexpr)
-    chosen, remarks = [], []
-    for name in DEVICES:
-        if (named and name not in named) or not expression.can_be_true({d: d == name for d in DEVICES}):
-            continue
-        explicit = name in named or name in expression.names or (name == "xpu" and "emulated" in expression.names)
-        if name in present:
-            chosen.append(Device(name))
-        elif explicit and name == "xpu":
-            chosen.append(Device("xpu", emulated=True))
-            remarks += [EMULATED[0], EMULATED[1] + devices.why_absent(name)]
-        elif explicit:
-            remarks.append(f"nothing runs on {name}: {devices.why_absent(name)}")
-    return Selection(tuple(chosen), tuple(remarks))
-
-
-class MarkExpression:
-    """What -m says, as far as it can be known before there are items."""
-
-    def __init__(self, text: str) -> None:
-        try:
-            self._expression = Expression.compile(text) if text else None
-        except Exception as error:  # a SyntaxError, or what pytest 8 has instead
-            raise pytest.UsageError(f"-m {text!r}: {error}") from error
-        self.names: set[str] = set()
-        self._can_be_true({}, self.names)
-
-    def can_be_true(self, known: dict[str, bool]) -> bool:
-        """Whether it is true for some values of the names that are not known."""
-        return self._can_be_true(known, set())
-
-    def _can_be_true(self, known: dict[str, bool], seen: set[str]) -> bool:
-        if self._expression is None:
-            return True
-
-        def value(name: str, /, **_: Any) -> bool:
-            seen.add(name)
-            if name not in known:
-                raise _Unknown(name)
-            return known[name]
-
-        try:
-            return self._expression.evaluate(value)
-        except _Unknown as unknown:
-            # Both values are tried, also if the first will do: `seen` is then every name that matters.
-            tried = [self._can_be_true({**known, unknown.name: v}, seen) for v in (True, False)]
-            return any(tried)
-
-
-class _Unknown(Exception):
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
 
 
 # -- the state of a run -----------------------------------------------------------------------------------------------
@@ -152,14 +80,13 @@ class Harness:
         if self.worker and self.worker["workercount"] > 1:
             torch.set_num_threads(1)  # the workers share the cores: more threads would only wait for each other
         self.stderr = os.fdopen(os.dup(2), "w")  # pytest's capture has not begun: this one reaches the terminal
-        self.missed: Counter[tuple[str, str, str]] = (
-            Counter()
-        )  #: cases that a (backend, device, reason) kept from running
-        self.lost = ""
-        self.controller = None if self.worker else Controller(self)
+        #: how many cases a backend could not run on a device, by (backend, device, reason)
+        self.missed: Counter[tuple[str, str, str]] = Counter()
         self._backends: list[tuple[str, Any]] = []
         if option.backend:
             self._require_usable()
+        names = [backend.name for _, backend in self._backends]
+        self.controller = None if self.worker else Controller(config, self.selection, self.missed, names)
 
     def backends(self) -> list[tuple[str, Any]]:
         """(spec, backend): loaded when first needed, so that tests without a battery need no kernels."""
@@ -224,7 +151,7 @@ class Harness:
         if self.worker:
             (Path(self.worker["moe_notes"]) / f"{self.worker['workerid']}.json").write_text(json.dumps(words))
 
-    def end_process(self, found: dict[str, Any]) -> None:
+    def end_process(self, found: dict[str, Any]) -> NoReturn:
         """The verdict after which this process cannot go on: recorded, said, and out, whatever else is stuck."""
         self.note(nodeid=found["nodeid"], record=found)
         told = f"\n{found['status']}: {found['reason']}\n{found['reproduce']}\n"
@@ -251,6 +178,24 @@ def _may_run(backend: Any, device: Device) -> bool:
 
 
 KEY: pytest.StashKey[Harness] = pytest.StashKey()
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A whole run on a GPU spreads over worker processes by itself: Triton compiles on CPU cores, for minutes on one.
+
+    -n 0 keeps it in one process.
+    """
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    if option.numprocesses is not None or option.usepdb or option.collectonly or option.capture == "no":
+        return
+    chosen = select_devices(option.markexpr, option.device, devices.present()).devices
+    whole = not any("::" in argument or argument.endswith(".py") for argument in config.args)
+    if whole and not option.keyword and any(device.torch.type != "cpu" for device in chosen):
+        option.numprocesses = max(1, min(GPU_WORKERS, len(os.sched_getaffinity(0)) * 3 // 4))
+        option.dist = "worksteal"  # items of one case stay together: what is drawn for it is kept in a process
 
 
 # -- hooks: start and collection --------------------------------------------------------------------------------------
@@ -338,8 +283,8 @@ def _check(harness: Harness, asked: Asked, item: pytest.Item) -> None:
     from harness import check as checks
 
     def found(verdict: Verdict) -> dict[str, Any]:
-        record = verdict.record() | {"environment": _environment(asked.device), "nodeid": item.nodeid}
-        return record | {"reproduce": results.reproduce(verdict, asked.spec)}
+        verdict.spec = asked.spec
+        return verdict.record() | {"environment": _environment(asked.device), "nodeid": item.nodeid}
 
     blank = Verdict(str(asked.case), asked.backend.name, str(asked.device), "hung", asked.family)
     seconds = harness.config.option.case_timeout
@@ -357,10 +302,10 @@ def _check(harness: Harness, asked: Asked, item: pytest.Item) -> None:
             lost = str(error)
             verdict = replace(blank, status="crashed", reason=lost)
     record = found(verdict)
-    if lost and harness.worker:
-        harness.end_process(record)
-    elif lost:
-        harness.lost = (
+    if lost:
+        if not harness.controller:
+            harness.end_process(record)
+        harness.controller.lost = (
             f"{lost}. No result after {asked.case} would mean anything in this process; "
             "with pytest-xdist, -n 1 goes on in a new one."
         )
@@ -401,108 +346,3 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     harness = session.config.stash[KEY]
     if harness.worker:
         session.config.workeroutput["moe_missed"] = [[*key, n] for key, n in harness.missed.items()]  # type: ignore[attr-defined]
-
-
-# -- the controller ---------------------------------------------------------------------------------------------------
-class Controller:
-    """The process that sees every report: it keeps the verdicts, writes them down and sums them up."""
-
-    def __init__(self, harness: Harness) -> None:
-        self.harness, self.option = harness, harness.config.option
-        self.records: list[dict[str, Any]] = []
-        self.notes = ""
-        self.shortfalls: list[str] = []
-        self.floor: dict[str, dict[str, int]] = {}
-        self.results: results.Results | None = None
-        if self.option.collectonly:
-            return
-        try:
-            self.floor = results.read_floor(self.option.floor) if self.option.floor else {}
-            if self.option.results:
-                self.results = results.Results(self.option.results, results.commit(ROOT))
-        except results.ResultsError as error:
-            raise pytest.UsageError(str(error)) from error
-
-    def close(self) -> None:
-        if self.results:
-            self.results.close()
-        if self.notes:
-            shutil.rmtree(self.notes)
-
-    def record(self, found: dict[str, Any]) -> None:
-        self.records.append(found)
-        if self.results:
-            self.results.append(found)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call":
-            for name, value in report.user_properties:
-                if name == VERDICT:
-                    self.record(json.loads(str(value)))
-        elif report.when not in ("setup", "teardown"):  # xdist's report of a worker that died
-            for found in self._last_words(report):
-                self.record(found)
-
-    def _last_words(self, report: pytest.TestReport) -> Iterator[dict[str, Any]]:
-        """The verdict on the case that a worker was running when it died."""
-        for path in Path(self.notes).glob("*.json") if self.notes else ():
-            words = json.loads(path.read_text())
-            if words["nodeid"] == report.nodeid:
-                found = words["record"]
-                if "started" in words and time.time() - words["started"] < self.option.case_timeout:
-                    found |= {"status": "crashed", "reason": f"the process died: {report.longrepr}"}
-                yield found
-
-    def pytest_runtest_logfinish(self) -> None:
-        # Not in the test itself: its report is counted first.
-        if self.harness.lost:
-            pytest.exit(self.harness.lost, returncode=1)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_configure_node(self, node: Any) -> None:
-        """xdist is about to start a worker."""
-        self.notes = self.notes or tempfile.mkdtemp(prefix="moe-harness-")
-        node.workerinput["moe_notes"] = self.notes
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """An xdist worker has ended. Each collects everything, so each misses the same cases."""
-        for *key, n in getattr(node, "workeroutput", {}).get("moe_missed", []):
-            self.harness.missed[tuple(key)] = n
-
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        on = [str(device) for device in self.harness.selection.devices]
-        backends = [backend.name for _, backend in self.harness.backends()] if self.option.backend else []
-        self.shortfalls = results.shortfalls(self.floor, self.records, on, backends)
-        if self.shortfalls and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        remarks = list(self.harness.selection.remarks)
-        lines = summary.render(
-            self.records,
-            [summary.Missing(*key, n) for key, n in sorted(self.harness.missed.items())],
-            remarks,
-            self._selected() if self.records else "",
-            str(self.option.results or "") if self.results else "",
-            short=self.option.verbose < 0,
-        )
-        lines += self.shortfalls
-        if self.option.collectonly:
-            lines = remarks
-        if lines:
-            terminalreporter.write_sep("=", "moe-harness")
-            for line in lines:
-                terminalreporter.write_line(line)
-
-    def _selected(self) -> str:
-        """What this run was restricted to, or ""."""
-        option = self.option
-        words = set(MarkExpression(option.markexpr).names) - set(DEVICES)
-        found = [f"-m {option.markexpr!r}"] if words else []
-        found += [f"-k {option.keyword!r}"] if option.keyword else []
-        found += ["--lf"] if getattr(option, "lf", False) else []
-        found += [f"--{name} {value}" for name in ("backend", "fill") for value in getattr(option, name)]
-        paths = [arg.partition("[")[0] for arg in self.harness.config.args]
-        found += [arg for arg in paths if "::" in arg or arg.endswith(".py")][:3]
-        return ", ".join(found)

@@ -11,8 +11,9 @@ the whole language: parsing, printing and the error for a wrong token are all re
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Callable
+from typing import Any
 
 DTYPES = ("bf16", "fp16", "fp32")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
@@ -203,7 +204,9 @@ class Rule:
 
 
 def _count(letter: str, name: str, required: bool = True) -> Rule:
-    return Rule(name, rf"{letter}\d+", lambda s: int(s[len(letter) :]), lambda v: f"{letter}{v}", f"{letter}16", required)
+    return Rule(
+        name, rf"{letter}\d+", lambda s: int(s[len(letter) :]), lambda v: f"{letter}{v}", f"{letter}16", required
+    )
 
 
 def _word(name: str, words: tuple[str, ...], required: bool = False) -> Rule:

@@ -16,8 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from harness.verdict import Verdict
-
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pytest brings it for Python 3.10
@@ -77,11 +75,6 @@ def read(path: Path) -> tuple[Records, list[str]]:
             raise ResultsError(f"{path}:{number}: schema={record.get('schema')}: this version reads {SCHEMA}")
         records.append(record)
     return records, remarks
-
-
-def reproduce(verdict: Verdict, spec: str) -> str:
-    """The line that runs a case again. A backend that is not registered is found by its --backend alone."""
-    return verdict.reproduce.replace(f"--backend {verdict.backend} ", f"--backend {spec} ")
 
 
 def commit(directory: Path) -> str:

@@ -11,8 +11,9 @@ argument checks) run for backends that make it: `promises`, a set of words of PR
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -95,7 +96,9 @@ def repeat_bits(s: Session) -> None:
     first = s.check(call, given, "first call").clone()
     for n in (2, 3):
         again = s.check(call, given, f"call {n}")
-        s.require(torch.equal(_bits(first), _bits(again)), f"call {n} gave other bits than the first for the same inputs")
+        s.require(
+            torch.equal(_bits(first), _bits(again)), f"call {n} gave other bits than the first for the same inputs"
+        )
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,9 @@ scratch=) and prepare(problem, layer, scratch=).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,9 @@ def pointers(s: Session) -> None:
     pairs = first.permuted_idx[:rows].long()
     top_k = given.case.problem.top_k
     got, wanted = first.hidden_states[:rows], given.hidden_states[pairs // top_k]
-    s.require(torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8)), "permuted rows are not the tokens'")
+    s.require(
+        torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8)), "permuted rows are not the tokens'"
+    )
     inverse = first.inv_permuted_idx.flatten().long()
     s.require(bool((inverse[pairs] == torch.arange(rows, device=pairs.device)).all()), "inv_permuted_idx is no inverse")
     s.require(int((inverse >= 0).sum()) == rows, "inv_permuted_idx names rows that do not exist")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 WIDTH = 120
 FAILED = ("failed", "crashed", "hung")
-LEGEND = "A cell: passed/failed/mistrusted/unsupported, worst share of the error budget (above 1 fails)."
+JUDGED = ("passed", "failed", "mistrusted")
+LEGEND = "A cell: passed/failed+crashed+hung/mistrusted/unsupported, largest share of the error budget (above 1 fails)."
 
 Record = dict[str, Any]
 
@@ -30,20 +32,19 @@ def render(
     remarks: Iterable[str] = (),
     selection: str = "",
     results: str = "",
+    seconds: float = 0.0,
     short: bool = False,
 ) -> list[str]:
-    """The whole summary. `remarks` come first; `short` leaves out the families and most of the lists."""
+    """The whole summary: what it was, the table, the lists, and the totals last. `short` leaves out the families, the
+    reasons for not running and most of the lists."""
     blocks = [list(remarks)]
     if selection:
-        blocks[0].append(f"This was a selection ({selection}), not a whole run.")
+        blocks[0].append(cut(f"This was a selection ({selection}), not a whole run."))
     if records:
-        blocks += [table(records, by_family=not short), totals(records)]
-    blocks += [not_run(records), unavailable(missing)]
-    blocks += [failures(records, 3 if short else 10)]
-    if not short:
-        blocks += [mistrusted(records, 5)]
-    if results:
-        blocks.append([f"Results: {results}"])
+        blocks.append(table(records, by_family=not short))
+    blocks += [[] if short else not_run(records), unavailable(missing)]
+    blocks += [mistrusted(records, 3 if short else 5), failures(records, 3 if short else 10)]
+    blocks.append((totals(records, seconds) if records else []) + ([f"Results: {results}"] if results else []))
     lines: list[str] = []
     for block in filter(None, blocks):
         lines += ["", *block] if lines and not short else block
@@ -81,13 +82,14 @@ def _column_width(groups: dict[tuple[str, str], list[Record]], rows: list[str], 
 
 
 def cell(records: list[Record]) -> str:
-    """118/0/2/40 0.83: counts, and the worst share of the budget; "-" for no records."""
+    """118/0/2/40 0.83: counts, and the largest share of the budget ("-": nothing was judged); "-" for no records."""
     if not records:
         return "-"
     counts = Counter(r["status"] for r in records)
     failed = sum(counts[status] for status in FAILED)
     numbers = f"{counts['passed']}/{failed}/{counts['mistrusted']}/{counts['unsupported']}"
-    return f"{numbers} {share(max(float(r['budget']) for r in records))}"
+    judged = [float(r["budget"]) for r in records if r["status"] in JUDGED]
+    return f"{numbers} {share(max(judged)) if judged else '-'}"
 
 
 def share(budget: float) -> str:
@@ -97,13 +99,28 @@ def share(budget: float) -> str:
     return f"{budget:.0f}" if budget < 1e4 else "inf" if budget == float("inf") else f"{budget:.0e}".replace("+", "")
 
 
-def totals(records: list[Record]) -> list[str]:
+def totals(records: list[Record], seconds: float = 0.0) -> list[str]:
+    """What ran, and what did not: an unsupported verdict is none that was executed."""
     counts = Counter(r["status"] for r in records)
-    executed = len(records) - counts["unsupported"]
     parts = [f"{counts[s]} {s}" for s in ("passed", "failed", "crashed", "hung", "mistrusted") if counts[s]]
-    return [
-        f"Executed {executed} verdicts: {', '.join(parts) or 'none'}. Not run: {counts['unsupported']} unsupported."
-    ]
+    took = f" in {duration(seconds)}" if seconds else ""
+    lines = [f"Executed {number(len(records) - counts['unsupported'], 'verdict')}{took}: {', '.join(parts) or 'none'}."]
+    if counts["unsupported"]:
+        words = Counter(_keyword(r)[0] for r in records if r["status"] == "unsupported")
+        told = ", ".join(f"{n} {word}" for word, n in sorted(words.items(), key=lambda item: (-item[1], item[0])))
+        lines.append(cut(f"Not run: {counts['unsupported']} unsupported ({told})."))
+    return lines
+
+
+def number(count: int, thing: str) -> str:
+    return f"{count} {thing}" + ("" if count == 1 else "s")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s"
 
 
 def not_run(records: list[Record]) -> list[str]:
@@ -111,13 +128,13 @@ def not_run(records: list[Record]) -> list[str]:
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         if record["status"] == "unsupported":
-            keyword, _, text = record["reason"].partition(":")
-            reasons[keyword][f"{_who(record)}: {text.strip()}"] += 1
+            keyword, text = _keyword(record)
+            reasons[keyword][f"{_who(record)}: {text}"] += 1
     if not reasons:
         return []
     ordered = sorted(reasons.items(), key=lambda item: (-item[1].total(), item[0]))
     label, digits = max(map(len, reasons)), len(str(ordered[0][1].total()))
-    lines = ["Not run, by declared reason:"]
+    lines = ["Not run because the backend declares that it does not support the case:"]
     for keyword, found in ordered:
         often = "mostly " if len(found) > 1 else ""
         lines.append(cut(f"  {keyword:{label}} {found.total():{digits}}  {often}{found.most_common(1)[0][0]}"))
@@ -125,8 +142,8 @@ def not_run(records: list[Record]) -> list[str]:
 
 
 def unavailable(missing: Iterable[Missing]) -> list[str]:
-    lines = [f"  {m.backend}@{m.device} missed {m.cases} cases: {m.reason}" for m in missing]
-    return ["Not available here:", *lines] if lines else []
+    lines = [f"  {_at(m.backend, m.device)} missed {number(m.cases, 'case')}: {m.reason}" for m in missing]
+    return ["Backends that cannot run here:", *lines] if lines else []
 
 
 def failures(records: list[Record], most: int) -> list[str]:
@@ -142,15 +159,34 @@ def failures(records: list[Record], most: int) -> list[str]:
 
 
 def mistrusted(records: list[Record], most: int) -> list[str]:
-    found = [r for r in records if r["status"] == "mistrusted"]
-    lines = [cut(f"  {_who(r)} {r['case']}: {r['reason']}") for r in found[:most]]
-    if len(found) > most:
-        lines.append(f"  and {len(found) - most} more")
-    return ["Mistrusted (they match, but the output proves little):", *lines] if lines else []
+    """Why outputs that matched prove little: each reason once, whatever numbers are in it, with one of its cases."""
+    reasons: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record["status"] == "mistrusted":
+            reasons[re.sub(r"\d+", "0", record["reason"])].append(record)
+    ordered = sorted(reasons.values(), key=lambda found: -len(found))
+    digits = len(str(len(ordered[0]))) if ordered else 0
+    lines = []
+    for found in ordered[:most]:
+        lines.append(cut(f"  {len(found):{digits}}  {found[0]['reason']}"))
+        lines.append(cut(f"  {'':{digits}}  such as {_who(found[0])} {found[0]['case']}"))
+    if len(ordered) > most:
+        lines.append(f"  and {number(len(ordered) - most, 'more reason')}")
+    return ["Mistrusted, since the output proves little although it matched:", *lines] if lines else []
+
+
+def _keyword(record: Record) -> tuple[str, str]:
+    """A declared reason, "<keyword>: text", in its two parts."""
+    keyword, _, text = record["reason"].partition(":")
+    return keyword, text.strip()
 
 
 def _who(record: Record) -> str:
-    return f"{record['backend']}@{record['device'].replace(' (emulated)', '-emulated')}"
+    return _at(record["backend"], record["device"])
+
+
+def _at(backend: str, device: str) -> str:
+    return f"{backend}@{device.replace(' (emulated)', '-emulated')}"
 
 
 def cut(line: str, width: int = WIDTH) -> str:

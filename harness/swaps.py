@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +20,6 @@ from harness.trace import poison_
 
 if TYPE_CHECKING:
     from harness.check import Session
-    from harness.inputs import Inputs
 
 
 def _require_follows(s: Session, kind: str) -> None:
@@ -145,6 +145,7 @@ def expert_map(s: Session) -> None:
     s.check(call, given, "before")
     for n, rebind in enumerate((True, False)):
         old = given.layer.expert_map
+        assert old is not None
         count = given.case.problem.local_experts
         new = torch.where(old >= 0, (old + 1 + n) % count, -1).to(old.dtype)
         if rebind:
@@ -258,11 +259,13 @@ def one_build(s: Session) -> None:
     """A steady layer is built once, whatever the batches; each swap builds once more."""
     require_promise(s, "one_build")
     given, call = start(s)
+    instance: Any = getattr(call, "instance", None)
+    s.require(instance is not None, "promises one_build, but what prepare() returned has no attribute instance")
     for tokens in (s.case.problem.tokens, 3, 1):
         s.check(call, batch(s, given, tokens=tokens), f"{tokens} tokens")
-    s.require(call.instance.builds == 1, f"three batches of one layer built {call.instance.builds} instances")
+    s.require(instance.builds == 1, f"three batches of one layer built {instance.builds} instances")
     other = s.draw(seed=s.case.seed + 1)
     parameter(given.handed, other.handed)
     for _ in range(2):
         s.check(call, replace(other, handed=given.handed), "after the swap")
-    s.require(call.instance.builds == 2, f"one swap led to {call.instance.builds - 1} new builds")
+    s.require(instance.builds == 2, f"one swap led to {instance.builds - 1} new builds")

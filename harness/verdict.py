@@ -30,7 +30,7 @@ class Verdict:
     seconds: float = 0.0
     calls: int = 0  #: calls of the backend that were judged
     trace: dict[str, Any] = field(default_factory=dict)
-    spec: str = ""  #: how --backend named the backend, if not by its name
+    spec: str = ""  #: how --backend named the backend: a name, or package.module:object
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:

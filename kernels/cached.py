@@ -12,9 +12,9 @@ make that safe here:
 3.  Every call works on a snapshot: aliases that keep old storage alive until the kernel was launched, however the
     layer's attributes or their `.data` are rebound meanwhile. See `swap` for writers in other threads.
 
-Price, measured on a shared EPYC core with the launch replaced by nothing (tests/test_cached.py prints it): the check and
-the snapshot take 6 us a call for bf16 (2 tensors) and 12 us for fp8 with biases and expert_map (7 tensors); with the
-checks of the call's own arguments 10 and 17 us.
+Price, measured on a shared EPYC core with the launch replaced by nothing (tests/test_cached.py prints it): the check
+and the snapshot take 6 us a call for bf16 (2 tensors) and 12 us for fp8 with biases and expert_map (7 tensors); with
+the checks of the call's own arguments 16 and 20 us.
 A captured graph replays without coming here: after a swap it has to be captured anew.
 """
 
@@ -22,25 +22,23 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.layout import ExpertWeights
+from kernels.checks import require_device, require_dtype, require_one_of, require_shape
+from kernels.layer import ALPHA, DTYPES, FP8, Fp8Scheme, effective_limit, make_layer, require_out, require_tokens
 
 TENSORS = ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias", "expert_map")
 CONFIGURATION = (
     "dtype", "hidden_size", "intermediate_size", "num_experts", "top_k", "activation", "limit", "bias",
     "router_weight_on_input", "layout",
 )  # fmt: skip
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-BLOCK = (128, 128)
-ALPHA, SWIGLUOAI_LIMIT = 1.702, 7.0
 
 
 @dataclass(frozen=True)
@@ -54,26 +52,23 @@ class _Built:
     dtype: torch.dtype
     hidden_size: int
     top_k: int
+    weight_on_input: bool
 
 
 class CachedFusedMoE:
     """A fused MoE layer in the shape of XpuFusedMoe: constructed once, then `apply(output, ...)` forever.
 
     layer: an object with `problem` and the tensors of TENSORS (None where absent); it is kept, its tensors are not.
-    Layouts "kn" (w13 [E, K, 2I], w2 [E, I, K]) and "nk"; bf16, fp16, fp32 weights or fp8 ones with scales. Always W8A16:
-    activations are never quantized, whatever problem.quant.activation says, and a13_scale and a2_scale are not read.
+    Layouts "kn" (w13 [E, K, 2I], w2 [E, I, K]) and "nk"; bf16, fp16, fp32 weights or fp8 ones with scales. Always
+    W8A16: activations are never quantized, whatever problem.quant.activation says; a13_scale and a2_scale are not read.
     launch: what computes, with the signature of kernels.triton.fused_moe.fused_moe, which is the default.
-    scheme: makes its `fp8` argument, called scheme(weight=..., activation=None); default: that module's Fp8Scheme.
     `builds` counts how often arguments were built.
     """
 
-    def __init__(
-        self, layer: Any, launch: Callable[..., Any] | None = None, scheme: Callable[..., Any] | None = None
-    ) -> None:
+    def __init__(self, layer: Any, launch: Callable[..., Any] | None = None) -> None:
         self.layer = layer
         self.builds = 0
         self._launch = launch
-        self._scheme = scheme
         self._built: _Built | None = None
         self._lock = threading.RLock()
 
@@ -81,7 +76,8 @@ class CachedFusedMoE:
         """Writes the layer's result for hidden_states [T, K] io into output [T, K] io.
 
         topk_weights [T, k] float32 and topk_ids [T, k] int32 or int64 hold the router's choice of global experts.
-        ValueError if the layer's tensors do not fit its problem, or the arguments do not fit the layer.
+        TypeError or ValueError, before output is written, if the layer's tensors do not fit its problem, or the
+        arguments do not fit the layer.
         """
         built, tensors = self.current()
         _check_call(built, output, hidden_states, topk_weights, topk_ids)
@@ -118,31 +114,23 @@ class CachedFusedMoE:
 
     def _build(self, problem: Any, configuration: tuple, held: list, snapshot: list) -> _Built:
         tensors = dict(zip(TENSORS, snapshot))
-        _check_layer(problem, tensors)
+        fp8 = None if problem.quant is None else Fp8Scheme(problem.quant.weight)
+        limit = effective_limit(problem.activation, problem.limit)
+        arguments = dict(
+            activation=problem.activation, limit=limit, alpha=ALPHA, fp8=fp8, a13_scale=None, a2_scale=None,
+            num_experts=problem.num_experts, apply_router_weight_on_input=problem.router_weight_on_input,
+            layout=problem.layout,
+        )  # fmt: skip
+        _check_layer(problem, tensors, arguments)
         if self._launch is None:
             from kernels.triton.fused_moe import fused_moe
 
             self._launch = fused_moe
-        fp8 = None
-        if problem.quant is not None:
-            if self._scheme is None:
-                from kernels.triton.fused_moe import Fp8Scheme
-
-                self._scheme = Fp8Scheme
-            fp8 = self._scheme(weight=problem.quant.weight, activation=None)
-        limit = problem.limit
-        if problem.activation == "swigluoai" and limit is None:
-            limit = SWIGLUOAI_LIMIT
-        arguments = dict(
-            activation=problem.activation, limit=limit, alpha=ALPHA, fp8=fp8, a13_scale=None, a2_scale=None,
-            num_experts=problem.num_experts, apply_router_weight_on_input=problem.router_weight_on_input,
-            layout=problem.layout, path="auto",
-        )  # fmt: skip
         marks = tuple(None if h is None else (weakref.ref(h), *_mark(s)) for h, s in zip(held, snapshot))
         self.builds += 1
         return _Built(
             configuration, marks, arguments, tensors["w13"].device, DTYPES[problem.dtype], problem.hidden_size,
-            problem.top_k,
+            problem.top_k, problem.router_weight_on_input,
         )  # fmt: skip
 
 
@@ -182,48 +170,38 @@ def _same(marks: tuple, held: list, snapshot: list) -> bool:
     return True
 
 
-def _check_layer(problem: Any, tensors: dict[str, Tensor]) -> None:
-    """ValueError, naming field, value and what is valid, unless the tensors are those of the problem. What the launch
-    can judge without the problem (biases' and expert_map's shapes), it judges itself."""
-    quant, w13 = problem.quant, tensors["w13"]
-    if problem.dtype not in DTYPES:
-        raise ValueError(f"problem.dtype={problem.dtype!r}; valid: {', '.join(DTYPES)}")
-    if quant is not None and quant.weight_format not in FP8:
-        raise ValueError(f"problem.quant.weight_format={quant.weight_format!r}; valid: {', '.join(FP8)}")
-    ExpertWeights(
-        w13, tensors["w2"], problem.layout, tensors["w13_scale"], tensors["w2_scale"], quant and quant.weight,
-        hidden_size=problem.hidden_size, intermediate_size=problem.intermediate_size,
-        gated=problem.activation != "relu2", block_shape=BLOCK,
-    ).validate()  # fmt: skip
-    stored = FP8[quant.weight_format] if quant is not None else DTYPES[problem.dtype]
+def _check_layer(problem: Any, tensors: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """TypeError or ValueError, naming field, value and what is valid, unless the tensors are those of the problem and
+    fit the launch's arguments."""
+    require_one_of("problem.dtype", problem.dtype, tuple(DTYPES))
+    stored = DTYPES[problem.dtype]
+    if problem.quant is not None:
+        require_one_of("problem.quant.weight_format", problem.quant.weight_format, tuple(FP8))
+        stored = FP8[problem.quant.weight_format]
     for name in ("w13", "w2"):
-        if tensors[name].dtype != stored:
-            raise ValueError(f"{name} is {tensors[name].dtype}; problem {problem.dtype}, quant {quant} wants {stored}")
+        require_dtype(name, tensors[name], stored)
     for name in ("w13_bias", "w2_bias"):
         if (tensors[name] is not None) != bool(problem.bias):
             state = "missing" if tensors[name] is None else "given"
-            raise ValueError(f"{name} is {state} with problem.bias={problem.bias}; give both biases or neither")
-    if tensors["expert_map"] is None and len(w13) != problem.num_experts:
-        raise ValueError(f"w13 has {len(w13)} experts without expert_map; problem.num_experts={problem.num_experts}")
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != w13.device:
-            raise ValueError(f"{name} is on {tensor.device}, w13 on {w13.device}; all must be on one device")
+            raise ValueError(f"{name}: {state} with problem.bias={problem.bias}; valid: both biases or neither")
+    # Stands for any batch: none is there yet.
+    batch = tensors["w13"].new_empty(0, problem.hidden_size, dtype=DTYPES[problem.dtype])
+    layer = make_layer(batch, **tensors, **arguments)
+    if layer.w2.w.shape[2] != problem.intermediate_size:
+        raise ValueError(
+            f"w2: intermediate size {layer.w2.w.shape[2]}; valid: {problem.intermediate_size}, the problem's"
+        )
 
 
 def _check_call(built: _Built, output: Tensor, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
-    rows = (hidden_states.shape[0], built.hidden_size)
-    slots = (hidden_states.shape[0], built.top_k)
-    for name, tensor, shape, dtype in (
-        ("hidden_states", hidden_states, rows, built.dtype),
-        ("output", output, rows, built.dtype),
-        ("topk_weights", topk_weights, slots, None),
-        ("topk_ids", topk_ids, slots, None),
-    ):
-        if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
-            want = f"{dtype or tensor.dtype} {list(shape)}"
-            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; the layer wants {want}")
-        if tensor.device != built.device:
-            raise ValueError(f"{name} is on {tensor.device}; the layer's weights are on {built.device}")
+    require_tokens(hidden_states, topk_weights, topk_ids, built.weight_on_input, None)
+    require_out("output", output, hidden_states)
+    require_dtype("hidden_states", hidden_states, built.dtype)
+    require_device("hidden_states", hidden_states, built.device)
+    tokens, hidden = hidden_states.shape
+    if hidden != built.hidden_size:
+        raise ValueError(f"Hidden size mismatch: hidden_states {(tokens, hidden)}; valid: [T, {built.hidden_size}]")
+    require_shape("topk_ids", topk_ids, (tokens, built.top_k), "[T, top_k]")
 
 
 class TritonCachedMoE:

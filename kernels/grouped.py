@@ -7,22 +7,23 @@ the routing but the values in `offs`: no synchronization, no data-dependent shap
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, Callable
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from kernels.layer import ALPHA, DTYPES, Layer, effective_limit, make_layer, require_tokens
 
 
 def grouped_mm_function() -> Callable[..., Tensor] | None:
-    """torch's grouped_mm(a [P, K], b [E, K, N], offs=int32 [E]) -> [P, N], public or private; None if torch has none."""
+    """torch's grouped_mm(a [P, K], b [E, K, N], offs=int32 [E]) -> [P, N], public or private; None without one."""
     return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def grouped_mm_refusal(device: str, dtype: torch.dtype) -> str | None:
     """Why torch's grouped_mm does not take this dtype on this device type, or None. Found by trying: which dtypes run
     differs by device and torch version (CPU all three; CUDA of torch 2.11 bfloat16 only), and no query says so."""
@@ -90,39 +91,40 @@ class GroupedMM:
 
     def prepare(self, problem: Any, layer: Any) -> Callable[..., Tensor]:
         """call(hidden_states [T, K] io, topk_weights [T, k], topk_ids [T, k], out=None) -> [T, K] io. Nothing is kept:
-        every call reads the layer anew."""
+        every call reads the
+        layer anew. TypeError or ValueError, before out is written, if an argument or the layer does not fit."""
 
         def call(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None) -> Tensor:
-            result = _forward(layer, hidden_states, topk_weights, topk_ids)
-            if out is None:
-                return result
-            if out.shape != result.shape or out.dtype != result.dtype:
-                raise ValueError(
-                    f"out is {out.dtype} {list(out.shape)}; the result is {result.dtype} {list(result.shape)}"
-                )
-            return out.copy_(result)
+            problem = layer.problem
+            require_tokens(hidden_states, topk_weights, topk_ids, problem.router_weight_on_input, out)
+            checked = make_layer(
+                hidden_states, layer.w13, layer.w2, activation=problem.activation, limit=problem.limit,
+                w13_bias=layer.w13_bias, w2_bias=layer.w2_bias, expert_map=layer.expert_map, layout=problem.layout,
+                num_experts=problem.num_experts, shared_experts=problem.shared_experts,
+                apply_router_weight_on_input=problem.router_weight_on_input,
+            )  # fmt: skip
+            result = _forward(checked, problem.shared_experts, hidden_states, topk_weights, topk_ids)
+            return result if out is None else out.copy_(result)
 
         return call
 
 
-def _forward(layer: Any, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-    problem, product = layer.problem, grouped_mm_function()
+def _forward(layer: Layer, shared: int, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    product = grouped_mm_function()
     assert product is not None
-    w13, w2 = layer.w13, layer.w2
-    if problem.layout == "nk":  # views: torch's grouped_mm reads either order of the last two dimensions
-        w13, w2 = w13.transpose(-2, -1), w2.transpose(-2, -1)
+    # Views: torch's grouped_mm reads either order of the last two dimensions.
+    w13, w2 = layer.w13.w.transpose(-2, -1), layer.w2.w.transpose(-2, -1)
     tokens, hidden = hidden_states.shape
     if tokens == 0:
         return torch.empty_like(hidden_states)
     experts = w13.shape[0]
 
-    local, weights = _local_experts(topk_ids, problem, layer.expert_map, experts), topk_weights.float()
-    if problem.router_weight_on_input:
+    local, weights = local_experts(topk_ids, layer.num_experts, layer.expert_map, experts), topk_weights
+    if layer.weight_on_input:
         hidden_states = (hidden_states.float() * weights[:, :1]).to(hidden_states.dtype)
         weights = torch.ones_like(weights)
-    if problem.shared_experts:
-        first = experts - problem.shared_experts
-        always = torch.arange(first, experts, device=local.device).expand(tokens, -1)
+    if shared:
+        always = torch.arange(experts - shared, experts, device=local.device).expand(tokens, -1)
         local = torch.cat([local, always], 1)
         weights = torch.cat([weights, weights.new_ones(always.shape)], 1)
     slots = local.shape[1]
@@ -134,12 +136,12 @@ def _forward(layer: Any, hidden_states: Tensor, topk_weights: Tensor, topk_ids: 
     expert = expert.clamp_(max=experts - 1)
 
     h = product(hidden_states[order // slots], w13, offs=offs).float()
-    if layer.w13_bias is not None:
-        h = h + layer.w13_bias.float()[expert]
-    a = activate(h, problem.activation, problem.limit).to(hidden_states.dtype)
+    if layer.w13.bias is not None:
+        h = h + layer.w13.bias.float()[expert]
+    a = activate(h, layer.activation, layer.limit).to(hidden_states.dtype)
     y = product(a, w2, offs=offs).float()
-    if layer.w2_bias is not None:
-        y = y + layer.w2_bias.float()[expert]
+    if layer.w2.bias is not None:
+        y = y + layer.w2.bias.float()[expert]
     # Rows past offs[-1] were never written by either product: masked, not multiplied by zero (0 * NaN is NaN).
     y = y.masked_fill(~served, 0.0)
 
@@ -151,12 +153,12 @@ def _forward(layer: Any, hidden_states: Tensor, topk_weights: Tensor, topk_ids: 
     return (y * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
 
-def _local_experts(topk_ids: Tensor, problem: Any, expert_map: Tensor | None, experts: int) -> Tensor:
+def local_experts(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, experts: int) -> Tensor:
     """[T, k] int64: the local expert of each slot, or `experts` where none serves it."""
     ids = topk_ids.long()
-    valid = (ids >= 0) & (ids < problem.num_experts)
+    valid = (ids >= 0) & (ids < num_experts)
     if expert_map is not None:
-        ids = expert_map.long()[ids.clamp(0, problem.num_experts - 1)]
+        ids = expert_map.long()[ids.clamp(0, num_experts - 1)]
         valid &= ids >= 0
     return torch.where(valid, ids, experts)
 
@@ -165,16 +167,15 @@ def activate(h: Tensor, activation: str, limit: float | None) -> Tensor:
     """GEMM 2's operand [P, I] from GEMM 1's result h [P, 2I] (relu2: [P, I]), in h's dtype. ValueError if unknown."""
     if activation == "relu2":
         return F.relu(h).square()
+    gate, up = (h[..., 0::2], h[..., 1::2]) if activation == "swigluoai" else h.chunk(2, dim=-1)
+    limit = effective_limit(activation, limit)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     if activation == "swigluoai":
-        limit = 7.0 if limit is None else limit
-        gate, up = h[..., 0::2].clamp(max=limit), h[..., 1::2].clamp(-limit, limit)
-        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        return gate * torch.sigmoid(ALPHA * gate) * (up + 1)
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
     }  # fmt: skip
     if activation not in functions:
         raise ValueError(f"activation={activation!r}; valid: {', '.join(functions)}, swigluoai, relu2")
-    gate, up = h.chunk(2, dim=-1)
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return functions[activation](gate) * up

@@ -5,8 +5,8 @@
     w2        [E, K, I]      [E, I, K]
 
 One entry point per target: `to_kn` and `to_nk`. The layout is a tag that travels with the weights and is never guessed
-from shapes: with K == 2I or K == I both layouts have the same shapes, a kernel given the wrong one computes silently with
-transposed matrices, and converting twice gives back the original. So a conversion into the layout that the weights
+from shapes: with K == 2I or K == I both layouts have the same shapes, a kernel given the wrong one computes silently
+with transposed matrices, and converting twice gives back the original. So a conversion into the layout that the weights
 are already in is refused, and so are shapes that the tag does not explain.
 """
 
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LAYOUTS = ("nk", "kn")
+from kernels.checks import LAYOUTS, require_one_of, require_weight_scale
+
 GRANULARITIES = (None, "tensor", "channel", "block")
 
 
@@ -28,8 +29,7 @@ class ExpertWeights:
 
     w13, w2: any dtype, shapes as in the module's table. granularity says what the scales mean:
     None (no scales) | "tensor": [E] | "channel": one per output, w13_scale [E, 2I] and w2_scale [E, K] |
-    "block": three dimensions, each counting blocks of the weight's dimension, in the weight's own layout.
-    block_shape (n, k) is the block's extent along outputs and inputs; where it is given, block scales are held to it.
+    "block": one per block of 128 x 128, in the weight's own layout.
     Constructing does not check; `validate` does, and both conversions call it.
     """
 
@@ -42,14 +42,11 @@ class ExpertWeights:
     hidden_size: int = field(kw_only=True)
     intermediate_size: int = field(kw_only=True)
     gated: bool = field(default=True, kw_only=True)
-    block_shape: tuple[int, int] | None = field(default=None, kw_only=True)
 
     def validate(self) -> None:
         """ValueError, naming the field, what it is and what it should be, unless shapes, tag and scales agree."""
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout={self.layout!r}; valid: {', '.join(map(repr, LAYOUTS))}")
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity={self.granularity!r}; valid: {', '.join(map(repr, GRANULARITIES))}")
+        require_one_of("layout", self.layout, LAYOUTS)
+        require_one_of("granularity", self.granularity, GRANULARITIES)
         hidden, inner = self.hidden_size, self.intermediate_size
         outer = 2 * inner if self.gated else inner
         # name, weight, scale, outputs N, inputs K, and which of the two is the hidden size
@@ -58,7 +55,7 @@ class ExpertWeights:
             ("w2", self.w2, self.w2_scale, hidden, inner, "n"),
         ):
             self._check_weight(name, weight, n, k, hidden_is)
-            self._check_scale(name, scale, n, k)
+            require_weight_scale(f"{name}_scale", scale, self.granularity, (len(weight), n, k), self.layout)
 
     def _check_weight(self, name: str, weight: Tensor, n: int, k: int, hidden_is: str) -> None:
         experts = self.w13.shape[0] if self.w13.dim() else 0
@@ -76,32 +73,6 @@ class ExpertWeights:
         if weight.dim() == 3 and weight.shape[position] != self.hidden_size:
             text = f"Hidden size mismatch {self.hidden_size} != {weight.shape[position]}: {text}"
         raise ValueError(text)
-
-    def _check_scale(self, name: str, scale: Tensor | None, n: int, k: int) -> None:
-        if (scale is None) != (self.granularity is None):
-            state = "missing" if scale is None else f"{list(scale.shape)}"
-            raise ValueError(f"{name}_scale is {state} with granularity={self.granularity!r}; give both or neither")
-        if scale is None:
-            return
-        experts, shape = self.w13.shape[0], tuple(scale.shape)
-        if self.granularity == "tensor":
-            want, fits = f"[{experts}]", shape == (experts,)
-        elif self.granularity == "channel":
-            want, fits = f"[{experts}, {n}]", shape == (experts, n)
-        elif self.block_shape is not None:
-            blocks = _ordered(self.layout, _blocks(n, self.block_shape[0]), _blocks(k, self.block_shape[1]))
-            want = f"{[experts, *blocks]} for blocks (n, k) = {self.block_shape}"
-            fits = shape == (experts, *blocks)
-        else:
-            first, second = _ordered(self.layout, n, k)
-            want = f"[{experts}, 1..{first}, 1..{second}], whole blocks"
-            fits = (
-                len(shape) == 3 and shape[0] == experts and _divides(first, shape[1]) and _divides(second, shape[2])
-            )  # fmt: skip
-        if not fits:
-            raise ValueError(
-                f"{name}_scale is {list(shape)}; granularity {self.granularity!r} in layout {self.layout!r} wants {want}"
-            )
 
 
 def to_kn(weights: ExpertWeights) -> ExpertWeights:
@@ -140,12 +111,3 @@ def _transposed(tensor: Tensor) -> Tensor:
 
 def _ordered(layout: str, n: int, k: int) -> tuple[int, int]:
     return (n, k) if layout == "nk" else (k, n)
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def _divides(size: int, blocks: int) -> bool:
-    """Whether some block extent cuts `size` into exactly `blocks` pieces (the last one may be short)."""
-    return 1 <= blocks <= size and _blocks(size, _blocks(size, blocks)) == blocks

@@ -134,7 +134,7 @@ def _power_of_two(exponent):
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _fp8_values(format):
     """The 256 values of an fp8 format by code, float64 on the CPU.  Micikevicius et al. 2022, arXiv:2209.05433."""
     mantissa_bits = format.precision - 1

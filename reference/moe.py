@@ -2,7 +2,7 @@
 
 For every token t and slot j with a valid expert e = topk_ids[t, j]:
 
-    h = x_t @ w13[e].T + w13_bias[e]        x_t = hidden_states[t] (times its router weight, if that is applied on input)
+    h = x_t @ w13[e].T + w13_bias[e]        x_t = hidden_states[t] (times its router weight, if applied on input)
     a = activation(h)
     y = a @ w2[e].T + w2_bias[e]
     out_t += topk_weights[t, j] * y         (not weighted again, if the weight was applied on input)
@@ -13,8 +13,9 @@ A slot is valid if its id lies in [0, num_experts) and expert_map does not send 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -7,9 +7,10 @@ left out takes the finest value, so an empty plan is a kernel that keeps everyth
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any, Iterator, Mapping
+from typing import Any
 
 _VALID: dict[str, tuple[Any, ...]] = {
     "gate_up": ("fp32", "io"),
@@ -46,7 +47,9 @@ class RoundingPlan:
     act_chain: bool = False  #: act(gate) is rounded to io before it is multiplied by up
     act: str = "fp32"  #: storage of the activation's output, before any quantization
     slot: str = "fp32"  #: storage of GEMM 2's output, one row per (token, slot)
-    weight: str = "before_store"  #: the router weight meets the slot before its store, after it, or after with a rounding
+    weight: str = (
+        "before_store"  #: the router weight meets the slot before its store, after it, or after with a rounding
+    )
     router_weight: str = "fp32"  #: dtype the router weight is cast to first
     combine: str = "fp32"  #: dtype of the running sum over top_k
     weighted_input: str = "accumulator"  #: router weight on input: in GEMM 1's accumulator, or x*w rounded to io

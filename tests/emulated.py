@@ -110,7 +110,12 @@ class Emulated:
             local = torch.cat([local, always], 1)
             weight = torch.cat([weight, torch.ones_like(always, dtype=weight.dtype)], 1)
         if problem.router_weight_on_input:
-            plain, x = x, self.store(x * weight[:, :1], self.says("weighted_input", "accumulator").replace("accumulator", "-"), io)
+            plain, x = (
+                x,
+                self.store(
+                    x * weight[:, :1], self.says("weighted_input", "accumulator").replace("accumulator", "-"), io
+                ),
+            )
             weight = torch.ones_like(weight)
             if problem.shared_experts:  # they see the input as it came
                 x = torch.cat([x, plain])
@@ -175,7 +180,9 @@ CONTROLS = [
     Emulated("router-weight-16-bit", router_weight="io"),
     Emulated("weighted-input-16-bit", weighted_input="io"),
     Emulated("running-sum-16-bit", slot="io", weight="rounded", combine="io"),
-    Emulated("everything-16-bit", gate_up="io", act_chain=True, slot="io", weight="rounded", router_weight="io", combine="io"),
+    Emulated(
+        "everything-16-bit", gate_up="io", act_chain=True, slot="io", weight="rounded", router_weight="io", combine="io"
+    ),
     Emulated("weight-only", quantizes_activations=False),
     Emulated("weight-only-16-bit", quantizes_activations=False, gate_up="io", slot="io"),
 ]

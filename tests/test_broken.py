@@ -4,11 +4,10 @@ import pytest
 
 from harness.battery import families, rows
 from harness.check import run, why_not
-from harness.device import Device, start
+from harness.device import Device
 from tests.broken import FAULTS, Broken
 from tests.emulated import Emulated
 
-start({"cpu"})
 CPU = Device("cpu")
 
 
@@ -26,7 +25,7 @@ def test_a_broken_backend_fails_in_every_family(module, fault):
     inner = inner_for(module.FAMILY)
     asked = [r.case for r in rows(module, CPU) if why_not(r.case, inner, CPU) is None]
     # Rows that bear on the fault first, the others in strides: one that notices is enough.
-    asked.sort(key=lambda case: (fault == "bias_missing" and not case.problem.bias))
+    asked.sort(key=lambda case: fault == "bias_missing" and not case.problem.bias)
     for case in asked:
         verdict = run(case, Broken(fault, inner), CPU, module.FAMILY)
         if verdict.status in ("failed", "crashed"):

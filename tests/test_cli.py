@@ -37,8 +37,8 @@ def told(capsys, *arguments):
 def test_run_tells_everything(made_up, capsys):
     trace = {"launches": ["_gemm", "_gemm", "_combine"], "operators": 3, "allocated_bytes": 64}
     made_up(
-        "failed", reason="off by one", report="token 0\nis wrong", budget=2.5, statistic="rho", plan="act=io",
-        seconds=0.25, calls=2, trace=trace,
+        "failed", reason="off by one", report="off by one\n  token 0 is wrong\n", budget=2.5, statistic="rho",
+        budgets={"class": 0.0, "rho": 2.5}, plan="act=io", seconds=0.25, calls=2, trace=trace,
     )  # fmt: skip
     code, out, _ = told(capsys, "run", CASE, "--backend", "grouped-mm")
     assert code == 1
@@ -47,18 +47,19 @@ def test_run_tells_everything(made_up, capsys):
         == f"""\
 {CASE} on grouped-mm, cpu
   4 tokens of 64, top 2 of 8 experts of 64
-  bf16, unquantized; w13 8x128x64, layout kn; topk_ids int32, routing uniform
-  silu clamped at 7
+  bf16, unquantized
+  w13 8x128x64, layout kn; topk_ids int32, routing uniform
+  activation silu clamped at 7
   fill exact, seed 0, scenario once
 failed: off by one
-  judged       2 calls in 0.25 s
-  budget used  2.50, by rho (above 1 fails)
+  judged       2 calls in 0.25 s, oracle included
+  budget used  2.50 (class 0.00, rho 2.50); above 1 fails
   plan         act=io
   launched     _gemm x2, _combine
   traced       3 operators, 64 allocated bytes
 
-token 0
-is wrong
+  token 0 is wrong
+
 python3 -m harness run {CASE} --backend grouped-mm --device cpu
 """
     )
@@ -74,6 +75,13 @@ def test_run_a_kernel_of_ones_own_with_several_seeds(made_up, capsys, tmp_path, 
     found = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [r["case"] for r in found] == [CASE + "-s5", CASE + "-s6"]
     assert found[0]["environment"]["device"] == "cpu" and "--backend own_kernel:Mine " in found[0]["reproduce"]
+
+
+def test_run_says_that_an_unsupported_case_was_not_run_and_counts_seeds(made_up, capsys):
+    made_up("unsupported", reason="quant: bf16 only")
+    code, out, _ = told(capsys, "run", CASE, "--backend", "grouped-mm", "--seeds", "2")
+    assert code == 0 and out.count("\nunsupported, so it was not run: quant: bf16 only\n\n") == 2
+    assert out.endswith("\n\n2 seeds: 2 unsupported\n")
 
 
 def test_run_says_when_the_device_is_lost(monkeypatch, capsys):
@@ -151,7 +159,7 @@ def test_verify_is_one_pytest_a_device_and_gives_the_worst_code(monkeypatch, cap
     code, out, _ = told(capsys, "verify", "--backend", "triton", "--jobs", "3", "--", "-x", "-q")
     assert code == 1 and len(ran) == 2 and "moe-harness: cuda: pytest ended with 1" in out
     assert ran[0][:3] == [sys.executable, "-m", "pytest"]
-    assert {"--device=cpu", "--backend=triton", f"--floor={ROOT}/cases/floor.toml"} <= set(ran[0])
+    assert {"--device=cpu", "--backend=triton", "--dist=worksteal", f"--floor={ROOT}/cases/floor.toml"} <= set(ran[0])
     assert ran[0][-3:] == [str(ROOT / "cases"), "-x", "-q"]
     assert any(c.startswith("--results=results/") and c.endswith("-cpu.jsonl") for c in ran[0])
     assert cli.main(["verify", "--device", "xpu"]) == 128 + 11

@@ -43,7 +43,7 @@ def settled(value):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("text", PROBLEMS)
 def test_every_value_on_the_way_is_representable(text, seed):
-    """h, a, the requantized a, each slot and each partial sum over top_k: in the io dtype and, where it is quantized, in e4m3."""
+    """h, a, each slot and each partial sum over top_k in the io dtype; where it is quantized, in e4m3."""
     given, _, stages = stages_of(text, seed)
     io = given.case.problem.dtype
     for name in ("h", "a", "y"):
@@ -82,7 +82,7 @@ def drop_column(given, column):
 
 
 def test_not_vacuous(capsys):
-    """Dropping one K column, I column, 128 block, slot or expert, or swapping neighbours, changes a stated share at least."""
+    """Dropping a K column, I column, block, slot or expert, or swapping neighbours, changes a stated share at least."""
     text = "t16-h256-i128-e8-k2-bf16"
     # The two class columns matter to half of the tokens each, every other column to nearly all outputs.
     columns = torch.randperm(256, generator=torch.Generator().manual_seed(0))[:24].tolist()
@@ -100,7 +100,9 @@ def test_not_vacuous(capsys):
     shares["w2 block of 128 output columns"] = changed(text, zero("w2", (slice(None), slice(0, 128))))
     shares["w13 block of 64 rows"] = changed(text, zero("w13", (slice(None), slice(0, 64))))
     shares["one expert"] = changed(text, zero("w2", 3))
-    shares["a slot"] = changed(text, lambda g: replace(g, topk_ids=torch.cat([g.topk_ids[:, :1], g.topk_ids[:, 1:] * 0 - 1], 1)))
+    shares["a slot"] = changed(
+        text, lambda g: replace(g, topk_ids=torch.cat([g.topk_ids[:, :1], g.topk_ids[:, 1:] * 0 - 1], 1))
+    )
     shares["neighbour expert"] = changed(text, lambda g: replace(g, topk_ids=(g.topk_ids + 1) % 8))
     shares["weight twice"] = changed(text, lambda g: replace(g, topk_weights=g.topk_weights**2))
     with capsys.disabled():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 if sys.version_info >= (3, 11):
@@ -18,6 +19,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {"harness", "reference", "kernels", "cases"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 #: A distribution is mostly imported by its own name.
 IMPORTED_AS = {"pytest": {"pytest", "_pytest"}, "ml-dtypes": {"ml_dtypes"}}
@@ -41,9 +43,8 @@ def imported(room):
 
 @pytest.mark.parametrize("room, extras", [("harness", ()), ("reference", ()), ("cases", ()), ("kernels", ("test",))])
 def test_what_is_imported_is_declared(room, extras):
-    rooms = {"harness", "reference", "kernels", "cases"}
     declared = {name for r in requirements(*extras) for name in IMPORTED_AS.get(r, {r})}
-    assert set(imported(room)) - set(sys.stdlib_module_names) - rooms - declared - BY_PYTEST == set()
+    assert set(imported(room)) - set(sys.stdlib_module_names) - ROOMS - declared - BY_PYTEST == set()
 
 
 def test_constraints_pin_what_the_extras_ask_for_and_nothing_else():
@@ -68,6 +69,28 @@ def test_the_command_is_there():
     assert done.returncode == 0 and all(
         f"    {c} " in done.stdout for c in ("doctor", "list", "run", "verify", "floor")
     )
+
+
+def test_transformers_does_not_take_this_for_the_kernels_of_pypi():
+    assert not SpecifierSet(">=0.18.2,<0.19").contains(PROJECT["project"]["version"])
+
+
+@pytest.mark.parametrize("build", ["build_editable", "build_wheel"])
+def test_only_an_editable_build_is_possible(tmp_path, build):
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for room in ROOMS:
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").touch()
+    script = f"from setuptools.build_meta import {build} as build; build('out')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert [path.suffix for path in (tmp_path / "out").glob("*")] == ([".whl"] if build == "build_editable" else [])
+    told = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    if build == "build_wheel":
+        assert done.returncode and len(told) == 1 and "Traceback" not in done.stderr
+        assert told[0].startswith("error: moe-harness can only be installed with `pip install -e .`: its top-level")
+    else:
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")

@@ -161,6 +161,9 @@ def test_float32_agrees_with_the_naive_layer(backend, changes):
 def test_declared_roundings_are_those_performed(backend, changes, dtype):
     """Repeating the declared roundings in float64 gives the backend's bits; without any one of them it does not."""
     problem = make_problem(dtype=dtype, top_k=3, **changes)
+    if reason := backend.supports(problem, device="cpu"):
+        assert backend in TRANSFORMERS and " has none" in reason, "only families that this transformers lacks"
+        pytest.skip(reason)
     layer, call = make_layer(problem), make_call(problem)
     got, (plan,) = run(backend, layer, call).double(), backend.plans(problem)
 
@@ -195,7 +198,7 @@ def poisoned_grouped_mm(monkeypatch):
 def test_ids_that_nobody_serves_contribute_nothing(backend, activation):
     problem = make_problem(activation=activation, invalid_ids=True, ep=SimpleNamespace(size=2, rank=0), top_k=3)
     if reason := backend.supports(problem, device="cpu"):
-        assert reason.startswith("invalid_ids:") and backend.name == "transformers-eager" and activation != "silu"
+        assert backend in TRANSFORMERS and reason.partition(":")[0] in ("invalid_ids", "activation")
         pytest.skip(reason)
     layer = make_layer(problem, experts=3)
     layer.expert_map = torch.tensor([2, -1, 0, -1, -1, 1], dtype=torch.int32)
@@ -245,7 +248,9 @@ def test_the_layer_is_read_at_every_call_and_not_kept(backend):
             layer.problem = make_problem(num_experts=3)
             layer.w13, layer.w2 = layer.w13[:3], layer.w2[:3]
             call_with = make_call(layer.problem)
-        torch.testing.assert_close(call(*call_with).double(), naive(layer, *call_with), rtol=1e-5, atol=1e-5, msg=change)
+        torch.testing.assert_close(
+            call(*call_with).double(), naive(layer, *call_with), rtol=1e-5, atol=1e-5, msg=change
+        )
 
 
 @pytest.mark.parametrize("backend", ALL, ids=named)
@@ -263,21 +268,71 @@ def test_threads_share_a_prepared_call(backend):
 @pytest.mark.parametrize(
     "backend, changes, keyword",
     [
-        (GroupedMM(), {"quant": object()}, "quant"),
+        (GroupedMM(), {"quant": "e4m3.block.group"}, "quant"),
         (GroupedMM(), {"hidden_size": 36, "dtype": "bf16"}, "shape"),
         (GroupedMM(), {"dtype": "fp64"}, "dtype"),
-        (upstream.Eager(), {"quant": object()}, "quant"),
+        (upstream.Eager(), {"quant": "e4m3.block.group"}, "quant"),
         (upstream.Eager(), {"bias": True}, "bias"),
         (upstream.BatchedMM(), {"top_k": 1, "router_weight_on_input": True}, "router_weight_on_input"),
         (upstream.BatchedMM(), {"shared_experts": 1}, "shared_experts"),
         (upstream.BatchedMM(), {"activation": "swigluoai", "dtype": "bf16"}, "activation"),
         (upstream.GroupedMM(), {"hidden_size": 36, "dtype": "bf16"}, "shape"),
-        (upstream.Eager(), {"activation": "relu2", "ep": SimpleNamespace(size=2, rank=0)}, "expert_map"),
+        (upstream.BatchedMM(), {"tokens": 2**20, "hidden_size": 4096}, "memory"),
     ],
     ids=lambda v: getattr(v, "name", str(v)),
 )
 def test_what_is_not_supported_is_said_with_a_keyword(backend, changes, keyword):
     assert backend.supports(make_problem(**changes)).startswith(f"{keyword}: ")
+
+
+@pytest.mark.skipif(not TRANSFORMERS, reason="transformers is not installed")
+def test_what_a_version_of_transformers_gets_wrong_is_found_by_trying(monkeypatch):
+    def failure(backend, limit, sentinel=False):
+        return upstream._failure.__wrapped__(backend.implementation, "swigluoai", limit, sentinel)
+
+    for backend in (upstream.Eager, upstream.BatchedMM, upstream.GroupedMM):
+        assert failure(backend, None) is None and failure(backend, 128.0) is None and failure(backend, 0.5) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(upstream, "ALPHA", 1.0)
+        assert failure(upstream.Eager, 7.0) == "computes 8 of 8 tokens wrong"
+    with monkeypatch.context() as patch:  # ids out of range reach the module: on a GPU a device-side assert
+        patch.setattr(upstream, "local_experts", lambda ids, *rest: ids.masked_fill(ids < 0, 99))
+        assert "Error: " in failure(upstream.Eager, 7.0, sentinel=True)
+
+
+@pytest.mark.skipif(not TRANSFORMERS, reason="transformers is not installed")
+def test_what_was_found_is_declared(monkeypatch):
+    ep = SimpleNamespace(size=2, rank=0)
+    moe = upstream.Eager()
+    monkeypatch.setattr(upstream, "_failure", lambda *kind: "asserts" if kind[-1] else None)
+    assert moe.supports(make_problem()) is None
+    assert moe.supports(make_problem(ep=ep)).startswith("expert_map: transformers 5.")
+    assert moe.supports(make_problem(invalid_ids=True)).endswith("fails on an id without expert: asserts")
+    monkeypatch.setattr(upstream, "_failure", lambda *kind: "computes nonsense")
+    assert moe.supports(make_problem(activation="swigluoai", limit=3.0)).startswith(
+        "activation: swigluoai, limit=3.0 in"
+    )
+
+
+def test_bad_arguments_are_named_before_out_is_written():
+    problem = make_problem(shared_experts=1, bias=True)
+    layer, (x, weights, ids) = make_layer(problem), make_call(problem)
+    call, out = GroupedMM().prepare(problem, layer), torch.full_like(x, 7.0)
+    for bad, message in (
+        ((x[:, :16], weights, ids), "out: shape"),
+        ((x, weights.half(), ids), "topk_weights: dtype"),
+        ((x, weights, ids.float()), "topk_ids: dtype"),
+        ((x, weights, ids.to("meta")), "topk_ids: device meta"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call(*bad, out=out)
+    layer.w2_bias = layer.w2_bias[:, 1:]
+    with pytest.raises(ValueError, match="w2_bias: shape"):
+        call(x, weights, ids, out=out)
+    layer.w2_bias, problem.num_experts = None, 5
+    with pytest.raises(ValueError, match="num_experts=5; valid without expert_map: 6"):
+        call(x, weights, ids, out=out)
+    assert (out == 7).all()
 
 
 def test_a_dtype_that_grouped_mm_refuses_is_reported_with_its_reason():
@@ -288,7 +343,7 @@ def test_a_dtype_that_grouped_mm_refuses_is_reported_with_its_reason():
 def test_available_names_the_missing_or_old_package(monkeypatch):
     assert GroupedMM().available() is None
     for version, reason in (("4.57.1", "transformers 4.57.1"), ("5.0.0.dev0", None)):
-        monkeypatch.setattr(upstream.importlib.metadata, "version", lambda package: version)
+        monkeypatch.setattr(upstream.importlib.metadata, "version", lambda package, version=version: version)
         found = upstream.Eager().available()
         assert found is None if reason is None else found.startswith(reason)
 

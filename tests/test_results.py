@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from harness import results, summary
+from harness import backend, battery, results, summary
 from harness.summary import Missing
 from harness.verdict import Verdict
 
@@ -59,9 +59,8 @@ def test_files_that_cannot_be_used(tmp_path):
 
 
 def test_a_backend_that_is_not_registered_is_reproduced_by_its_spec():
-    found = Verdict("t1-h64", "mine", "xpu (emulated)", "failed")
-    again = "python3 -m harness run t1-h64 --backend pkg.moe:Mine --device xpu"
-    assert results.reproduce(found, "pkg.moe:Mine") == again
+    found = Verdict("t1-h64", "mine", "xpu (emulated)", "failed", spec="pkg.moe:Mine").record()
+    assert found["reproduce"] == "python3 -m harness run t1-h64 --backend pkg.moe:Mine --device xpu"
 
 
 def test_the_commit_is_unknown_outside_of_git(tmp_path, monkeypatch):
@@ -123,6 +122,7 @@ def test_the_whole_summary():
         ["nothing runs on cuda: no CUDA device"],
         "-k h64",
         "results/x.jsonl",
+        seconds=151.2,
     )
     assert (
         "\n".join(found)
@@ -131,19 +131,21 @@ nothing runs on cuda: no CUDA device
 This was a selection (-k h64), not a whole run.
 
                                    layers     weight_swap
-grouped-mm@cpu               0/0/1/4 0.50    0/0/0/1 0.00
+grouped-mm@cpu               0/0/1/4 0.50       0/0/0/1 -
 triton@cpu                   2/0/0/0 0.81   0/1/0/0 12.50
-triton-cached@xpu-emulated              -    0/1/0/0 0.00
-A cell: passed/failed/mistrusted/unsupported, worst share of the error budget (above 1 fails).
+triton-cached@xpu-emulated              -       0/1/0/0 -
+A cell: passed/failed+crashed+hung/mistrusted/unsupported, largest share of the error budget (above 1 fails).
 
-Executed 5 verdicts: 2 passed, 1 failed, 1 hung, 1 mistrusted. Not run: 5 unsupported.
-
-Not run, by declared reason:
+Not run because the backend declares that it does not support the case:
   quant    4  mostly grouped-mm@cpu: bf16 only
   scenario 1  grouped-mm@cpu: keeps nothing
 
-Not available here:
+Backends that cannot run here:
   eager@cpu missed 40 cases: package: transformers is not installed
+
+Mistrusted, since the output proves little although it matched:
+  1  few outputs are telling
+     such as grouped-mm@cpu t3-h64
 
 Failures:
   failed: triton@cpu: off by one
@@ -151,9 +153,8 @@ Failures:
   hung: triton-cached@xpu-emulated: no answer in 300 s
     python3 -m harness run t4-h64 --backend triton-cached --device xpu
 
-Mistrusted (they match, but the output proves little):
-  grouped-mm@cpu t3-h64: few outputs are telling
-
+Executed 5 verdicts in 2 min 31 s: 2 passed, 1 failed, 1 hung, 1 mistrusted.
+Not run: 5 unsupported (4 quant, 1 scenario).
 Results: results/x.jsonl"""
     )
 
@@ -164,11 +165,11 @@ def test_a_short_summary():
         == """\
               all families
 triton@cpu   2/1/0/0 12.50
-A cell: passed/failed/mistrusted/unsupported, worst share of the error budget (above 1 fails).
-Executed 3 verdicts: 2 passed, 1 failed. Not run: 0 unsupported.
+A cell: passed/failed+crashed+hung/mistrusted/unsupported, largest share of the error budget (above 1 fails).
 Failures:
   failed: triton@cpu: off by one
     python3 -m harness run t2-h64 --backend triton --device cpu
+Executed 3 verdicts: 2 passed, 1 failed.
 Results: x.jsonl"""
     )
 
@@ -180,11 +181,44 @@ def test_nothing_ran_nothing_to_say():
 def test_a_wide_table_is_folded_and_long_lists_are_cut():
     records = [verdict("passed", family=f"family_number_{n:02}") for n in range(20)]
     records += [verdict("failed", reason="x" * 300)] * 12
-    found = summary.render(records)
+    found = summary.render(records, selection="x" * 300)
     table = summary.table(records)
     assert max(map(len, found)) == summary.WIDTH and sum(line.startswith("triton@cpu") for line in table) == 5
     assert all(sum(f"number_{n:02}" in line for line in table) == 1 for n in range(20))
-    assert found[-1] == "  and 2 more"
+    assert found[-3:] == ["  and 2 more", "", "Executed 32 verdicts: 20 passed, 12 failed."]
+
+
+def test_the_whole_battery_fits_the_width():
+    """Families and backends as they are, with large numbers in every cell."""
+    families = [module.FAMILY for module in battery.families()]
+    names = [b.name for b in backend.installed()]
+    statuses = ["passed"] * 1200 + ["failed", "mistrusted"] * 20 + ["unsupported"] * 300
+    cell = [verdict(s, budget=12.345) for s in statuses]
+    records = [
+        r | {"family": f, "backend": b, "device": "xpu (emulated)"} for f in families for b in names for r in cell
+    ]
+    lines = summary.table(records)
+    assert max(map(len, lines)) <= summary.WIDTH
+    assert sum(line.count("1200/20/20/300 12.35") for line in lines) == len(families) * len(names)
+    assert sum(line.split().count(f) for line in lines for f in families) == len(families)
+
+
+def test_mistrusted_verdicts_are_told_by_reason():
+    few = [verdict("mistrusted", reason=f"only {n}% of the outputs tell", case=f"t{n}-h64") for n in (3, 4, 5)]
+    assert summary.mistrusted([verdict("mistrusted", reason="no token meets an expert"), *few], 1)[1:] == [
+        "  3  only 3% of the outputs tell",
+        "     such as triton@cpu t3-h64",
+        "  and 1 more reason",
+    ]
+
+
+def test_unsupported_verdicts_are_not_executed():
+    found = [verdict("unsupported", reason=f"{word}: no") for word in ("shape", "quant", "quant")]
+    assert summary.totals(found, 1.25) == [
+        "Executed 0 verdicts in 1.2 s: none.",
+        "Not run: 3 unsupported (2 quant, 1 shape).",
+    ]
+    assert summary.totals([verdict("passed")]) == ["Executed 1 verdict: 1 passed."]
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_quantize_static_saturates():
         quantize_fp8(x, "token", router_weight=torch.ones(1), top_k=2)
 
 
-# --- the layer ----------------------------------------------------------------------------------------------------------
+# --- the layer --------------------------------------------------------------------------------------------------------
 
 
 def fp8_weights(w, granularity, dtype):
@@ -354,8 +354,16 @@ RUNS = {
 }
 SCHEMES = [
     Fp8Scheme(w, a)
-    for w, a in (("tensor", None), ("channel", None), ("block", None), ("tensor", "tensor"), ("channel", "token"),
-                 ("block", "group"), ("tensor", "group"), ("block", "token"))  # fmt: skip
+    for w, a in (
+        ("tensor", None),
+        ("channel", None),
+        ("block", None),
+        ("tensor", "tensor"),
+        ("channel", "token"),
+        ("block", "group"),
+        ("tensor", "group"),
+        ("block", "token"),
+    )  # fmt: skip
 ]
 OPTIONS = {
     "plain": {},
@@ -477,7 +485,7 @@ def broken_calls():
         "out: dtype": (TypeError, lambda a, kw: kw.update(out=a[0].float())),
         "shares memory": (ValueError, lambda a, kw: kw.update(out=a[0])),
         "w2_bias: shape": (ValueError, lambda a, kw: kw.update(w2_bias=torch.zeros(6, 3))),
-        "w13_scale: given with fp8=None": (ValueError, lambda a, kw: kw.update(w13_scale=torch.ones(6))),
+        "w13_scale: given with scale granularity None": (ValueError, lambda a, kw: kw.update(w13_scale=torch.ones(6))),
         "expert_map: shape": (ValueError, lambda a, kw: kw.update(expert_map=torch.zeros(4, dtype=torch.int32))),
     }
 
@@ -493,7 +501,7 @@ def test_errors_name_the_field(message, call):
         call(*arguments, **keywords)
 
 
-# --- the backends ---------------------------------------------------------------------------------------------------------
+# --- the backends -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ("TritonMoE", "TritonAlignedMoE", "TritonPermuteMoE"))
@@ -510,17 +518,37 @@ def test_backend_follows_the_layer(name):
     assert (call(x, weights, ids) == 0).all()
     layer.w2 = w2
     check(call(x, weights, ids), expected, torch.bfloat16)
-    assert moe.supports(problem) is None
+    refusal = moe.supports(problem)
+    assert refusal.startswith("scenario: ") if name == "TritonAlignedMoE" else refusal is None
     required, forbidden = moe.expected_launches(problem)
     assert {"moe_gemm", "align"} <= required and not required & forbidden
     problem.shared_experts = 1
     assert moe.supports(problem).startswith("shared_experts:")
 
 
+def test_the_aligned_backend_runs_where_the_other_path_is_taken():
+    def refusal(**changes):
+        fields = dict(
+            tokens=2, num_experts=16, top_k=2, dtype="bf16", quant=None, activation="silu", limit=None, ep=None,
+            router_weight_on_input=False, shared_experts=0,
+        )  # fmt: skip
+        return backend.TritonAlignedMoE().supports(SimpleNamespace(**(fields | changes)))
+
+    assert refusal() is None
+    for changes in ({"tokens": 3}, {"tokens": 0}, {"ep": object()}):
+        assert refusal(**changes) == "scenario: the aligned path is what `triton` takes here already"
+    assert refusal(dtype="fp64").startswith("dtype: ")
+
+
+def test_permuted_moe_refuses_what_no_layer_has():
+    arguments, keywords, _ = make(tokens=2)
+    with pytest.raises(TypeError, match="actvation"):
+        permuted_moe(*arguments, **keywords, actvation="silu")
+
+
 def test_kernels_import_nothing_of_the_harness():
-    for source in Path(backend.__file__).parent.glob("*.py"):
+    for source in Path(backend.__file__).parents[1].rglob("*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for module in modules:
-                assert module.split(".")[0] in ("torch", "triton", "dataclasses") or module.startswith("kernels.triton.")
+            assert not {m.split(".")[0] for m in modules} & {"harness", "reference", "cases", "tests"}, source

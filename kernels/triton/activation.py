@@ -4,11 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.checks import require_one_of
+from kernels.layer import effective_limit
 from kernels.triton.routing import local_expert
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
-SWIGLUOAI_LIMIT = 7.0
 BLOCK_PAIRS = 8
 BLOCK_COLS = 256
 
@@ -26,6 +24,7 @@ def _gate(g, alpha, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         y = g * _sigmoid(g)
     elif ACTIVATION == "gelu":
+        # As torch: 1 + erf cancels below g = -3, where the result is small. Portably, Triton has no erfc.
         y = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(z)) / 2 is sigmoid(2 z): no cancellation where tanh is close to -1.
@@ -38,7 +37,7 @@ def _gate(g, alpha, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _activate_kernel(
-    h_ptr, out_ptr, ids_ptr, expert_map_ptr, num_pairs, I, num_experts, num_local, limit, alpha,
+    h_ptr, out_ptr, ids_ptr, expert_map_ptr, num_pairs, I, num_experts, num_local, limit, alpha,  # noqa: E741
     stride_h, stride_out,
     ACTIVATION: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -72,20 +71,6 @@ def _activate_kernel(
     tl.store(out, tl.where(mask, a, 0.0).to(out_ptr.dtype.element_ty), mask=inside[:, None] & in_cols)
 
 
-def is_gated(activation: str) -> bool:
-    """Whether h holds gate and up (2I columns). ValueError for an unknown activation."""
-    require_one_of("activation", activation, ACTIVATIONS)
-    return activation != "relu2"
-
-
-def require_limit(activation: str, limit: float | None) -> None:
-    """ValueError unless limit is None, or positive for an activation that has a gate to clamp."""
-    if limit is not None and not limit > 0:
-        raise ValueError(f"limit={limit}; valid: None, or positive")
-    if limit is not None and not is_gated(activation):
-        raise ValueError(f"limit={limit}; valid with activation {activation!r}, which has no gate: None")
-
-
 def activate(
     h: torch.Tensor,
     out: torch.Tensor,
@@ -106,14 +91,13 @@ def activate(
     Rows of invalid pairs (topk_ids, P ids, contiguous) are not read; they are written as zeros, so that what follows
     (amax, quantization) may read all rows.
     """
-    if limit is None:
-        limit = SWIGLUOAI_LIMIT if activation == "swigluoai" else float("inf")
+    limit = effective_limit(activation, limit)
     num_pairs, size = out.shape
     grid = (triton.cdiv(num_pairs, BLOCK_PAIRS) * triton.cdiv(size, BLOCK_COLS),)
     if grid[0] == 0:
         return
     _activate_kernel[grid](
         h, out, topk_ids, topk_ids if expert_map is None else expert_map, num_pairs, size, num_experts,
-        num_local_experts, float(limit), float(alpha), h.stride(0), out.stride(0),
+        num_local_experts, float("inf" if limit is None else limit), float(alpha), h.stride(0), out.stride(0),
         ACTIVATION=activation, HAS_MAP=expert_map is not None, BLOCK_PAIRS=BLOCK_PAIRS, BLOCK_COLS=BLOCK_COLS,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.checks import ID_DTYPES, require_dtype, require_expert_map
+from kernels.checks import ID_DTYPES, require_dtype, require_expert_map
 from kernels.triton.routing import local_expert
 
 MAX_CHUNKS = 64
@@ -23,8 +23,9 @@ MIN_CHUNK = 8 * BLOCK_PAIRS
 
 @triton.jit
 def _bins_of(
-    topk_ids_ptr, pairs, inside, expert_map_ptr, num_experts, num_local, HAS_MAP: tl.constexpr, KEEP_INVALID: tl.constexpr
-):
+    topk_ids_ptr, pairs, inside, expert_map_ptr, num_experts, num_local,
+    HAS_MAP: tl.constexpr, KEEP_INVALID: tl.constexpr,
+):  # fmt: skip
     """The bin of each pair, -1 for a pair that is dropped."""
     bins = local_expert(topk_ids_ptr, pairs, inside, expert_map_ptr, num_experts, num_local, HAS_MAP)
     if KEEP_INVALID:
@@ -47,9 +48,7 @@ def _align_count_kernel(
     count = tl.zeros([BLOCK_BINS], dtype=tl.int32)
     for start in range(first, end, BLOCK_PAIRS):
         pairs = start + tl.arange(0, BLOCK_PAIRS)
-        mine = _bins_of(
-            topk_ids_ptr, pairs, pairs < end, expert_map_ptr, num_experts, num_local, HAS_MAP, KEEP_INVALID
-        )
+        mine = _bins_of(topk_ids_ptr, pairs, pairs < end, expert_map_ptr, num_experts, num_local, HAS_MAP, KEEP_INVALID)
         count += tl.sum((mine[None, :] == bins[:, None]).to(tl.int32), axis=1)
     tl.store(counts_ptr + my_chunk * num_bins + bins, count, mask=bins < num_bins)
 
@@ -102,9 +101,7 @@ def _align_scatter_kernel(
     place = tl.load(places_ptr + my_chunk * num_bins + bins, mask=bins >= 0, other=0)
     for start in range(first, end, BLOCK_PAIRS):
         pairs = start + tl.arange(0, BLOCK_PAIRS)
-        mine = _bins_of(
-            topk_ids_ptr, pairs, pairs < end, expert_map_ptr, num_experts, num_local, HAS_MAP, KEEP_INVALID
-        )
+        mine = _bins_of(topk_ids_ptr, pairs, pairs < end, expert_map_ptr, num_experts, num_local, HAS_MAP, KEEP_INVALID)
         here = mine[None, :] == bins[:, None]
         rank = tl.cumsum(here.to(tl.int32), axis=1)
         target = place[:, None] + rank - 1
@@ -152,8 +149,8 @@ def align_into(
         expert_ids.numel(), num_experts, num_local_experts, num_bins, BLOCK_BINS=block_bins, **flags,
     )  # fmt: skip
     _align_offsets_kernel[(1,)](
-        counts, num_tokens_post_padded, counts if first_place is None else first_place, num_chunks, num_bins, block_size,
-        BINS=triton.next_power_of_2(num_bins), HAS_FIRST=first_place is not None,
+        counts, num_tokens_post_padded, counts if first_place is None else first_place, num_chunks, num_bins,
+        block_size, BINS=triton.next_power_of_2(num_bins), HAS_FIRST=first_place is not None,
     )  # fmt: skip
     _align_scatter_kernel[grid](
         topk_ids, expert_map, counts, sorted_token_ids, expert_ids, num_pairs, chunk, num_experts, num_local_experts,

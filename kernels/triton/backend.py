@@ -1,12 +1,9 @@
 """The layer as backends of the harness: plain classes that know its protocol, and import nothing from it."""
 
-import torch
-
-from kernels.triton.activation import ACTIVATIONS
-from kernels.triton.fused_moe import Fp8Scheme, fused_moe, permuted_moe, takes_low_latency_path
+from kernels.layer import ACTIVATIONS, DTYPES, FP8, Fp8Scheme
+from kernels.triton.fused_moe import fused_moe, permuted_moe, takes_low_latency_path
 from kernels.triton.permute import MoEPermuteScratch, moe_permute, moe_unpermute
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _STORES_IO = dict(
     gate_up="io", act="io", slot="io", router_weight="fp32", combine="fp32", weighted_input="accumulator",
     quantizes_activations=True,
@@ -19,6 +16,13 @@ def scheme(problem) -> Fp8Scheme | None:
         return None
     activation = problem.quant.activation
     return Fp8Scheme(problem.quant.weight, "tensor" if activation == "tensor_static" else activation)
+
+
+def takes_low_latency(problem) -> bool:
+    """Whether fused_moe, called for this problem, launches the kernels of the low latency path."""
+    return problem.tokens > 0 and takes_low_latency_path(
+        problem.tokens, problem.top_k, problem.num_experts, problem.ep or None
+    )
 
 
 def arguments(layer) -> dict:
@@ -49,7 +53,7 @@ class TritonMoE:
             return f"activation: {problem.activation} is none of {', '.join(ACTIVATIONS)}"
         if problem.limit is not None and problem.activation == "relu2":
             return "activation: relu2 has no gate to clamp"
-        if problem.quant and problem.quant.weight_format not in ("e4m3", "e5m2"):
+        if problem.quant and problem.quant.weight_format not in FP8:
             return f"quant: weights in {problem.quant.weight_format}"
         if problem.router_weight_on_input and problem.top_k != 1:
             return f"router_weight_on_input: needs top_k=1, not {problem.top_k}"
@@ -80,19 +84,23 @@ class TritonMoE:
             required.add("quantize")
         else:
             forbidden.add("quantize")
-        has_map = problem.ep or None
-        low_latency = self.path == "auto" and takes_low_latency_path(
-            problem.tokens, problem.top_k, problem.num_experts, has_map
-        )
+        low_latency = self.path == "auto" and takes_low_latency(problem)
         (forbidden if low_latency else required).add("align")
         return required, forbidden
 
 
 class TritonAlignedMoE(TritonMoE):
-    """fused_moe, always on the aligned path."""
+    """fused_moe on the aligned path where `triton` takes the other one."""
 
     name = "triton-aligned"
     path = "aligned"
+
+    def supports(self, problem) -> str | None:
+        """None, or "<keyword>: why not"."""
+        reason = super().supports(problem)
+        if reason is None and not takes_low_latency(problem):
+            return "scenario: the aligned path is what `triton` takes here already"
+        return reason
 
 
 class TritonPermuteMoE(TritonMoE):

@@ -17,7 +17,7 @@ def _combine_kernel(
     GATHER: tl.constexpr, HAS_MAP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """GATHER: the pair's row is row_of[pair], -1 if there is none. Otherwise it is the pair itself, if its id is valid."""
+    """GATHER: the pair's row is row_of[pair], -1 if there is none. Otherwise: the pair itself, if its id is valid."""
     col_tiles = tl.cdiv(K, BLOCK_COLS)
     pid = tl.program_id(0)
     tokens = pid // col_tiles * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -57,11 +57,12 @@ def moe_combine(
     """out [T, K] = sum over valid slots j, ascending, of (topk_weights[t, j] *) slots[row of (t, j)], in float32.
 
     slots [rows, K] with dense rows. The row of pair t * k + j is the pair itself, valid as topk_ids [T, k], num_experts
-    and expert_map say; or, if row_of int32 [T, k] is given, row_of[t, j], valid if slots has it. Invalid rows are not read;
-    a token without a valid slot gets zeros. The tables must be contiguous. The caller has validated.
+    and expert_map say; or, if row_of int32 [T, k] is given, row_of[t, j], valid if slots has it. Invalid rows are not
+    read; a token without a valid slot gets zeros. The tables must be contiguous. The caller has validated.
     """
     gather = row_of is not None
-    pair_table = row_of if gather else topk_ids
+    pair_table = row_of if row_of is not None else topk_ids
+    assert pair_table is not None, "either topk_ids or row_of"
     num_tokens, top_k = pair_table.shape
     k = out.shape[1]
     grid = (triton.cdiv(num_tokens, BLOCK_TOKENS) * triton.cdiv(k, BLOCK_COLS),)

@@ -8,12 +8,12 @@ import dataclasses
 
 import torch
 
+from kernels.checks import SCALE_BLOCK, require_one_of
+from kernels.layer import ALPHA, Expert, Fp8Scheme, Layer, make_layer, require_tokens
 from kernels.triton.activation import activate
 from kernels.triton.align import moe_align_block_size
-from kernels.triton.checks import require_one_of
 from kernels.triton.combine import moe_combine
-from kernels.triton.gemm import SCALE_BLOCK, Assignment, GemmConfig, default_config, low_latency_config, moe_gemm
-from kernels.triton.layer import Expert, Fp8Scheme, Layer, make_layer, require_tokens
+from kernels.triton.gemm import Assignment, GemmConfig, default_config, low_latency_config, moe_gemm
 from kernels.triton.permute import MoEPermuteScratch, moe_permute, moe_unpermute
 from kernels.triton.quant import partial_amax, quantize_fp8
 
@@ -36,7 +36,7 @@ def fused_moe(
     *,
     activation: str = "silu",
     limit: float | None = None,
-    alpha: float = 1.702,
+    alpha: float = ALPHA,
     fp8: Fp8Scheme | None = None,
     w13_scale: torch.Tensor | None = None,
     w2_scale: torch.Tensor | None = None,
@@ -55,12 +55,12 @@ def fused_moe(
     """The Mixture-of-Experts layer: out[t] = sum over valid slots of weight * expert(hidden_states[t]), [T, K].
 
     hidden_states [T, K] bf16, fp16 or fp32 with dense rows (a padded row stride is fine); never written.
-    w13, w2: [E, 2I, K], [E, K, I] for layout "nk"; [E, K, 2I], [E, I, K] for "kn"; any strides; activation "relu2" has I
-    for 2I. They have the dtype of hidden_states, or fp8 (e4m3fn or e5m2) with an `Fp8Scheme`.
+    w13, w2: [E, 2I, K], [E, K, I] for layout "nk"; [E, K, 2I], [E, I, K] for "kn"; any strides; activation "relu2" has
+    I for 2I. They have the dtype of hidden_states, or fp8 (e4m3fn or e5m2) with an `Fp8Scheme`.
     topk_weights float32 [T, k]; topk_ids int32 or int64 [T, k]; ids outside [0, num_experts) count for nothing.
     activation, limit, alpha: see `kernels.triton.activation.activate`.
-    w13_scale, w2_scale float32 [E], [E, N] or [E, ceil(N/128), ceil(K/128)] as fp8.weight says (the last transposed with
-    layout "kn"); a13_scale, a2_scale float32 [1]: static scales, for fp8.activation "tensor" only.
+    w13_scale, w2_scale float32 [E], [E, N] or [E, ceil(N/128), ceil(K/128)] as fp8.weight says (the last transposed
+    with layout "kn"); a13_scale, a2_scale float32 [1]: static scales, for fp8.activation "tensor" only.
     w13_bias [E, 2I], w2_bias [E, K]: added in float32, after the scales.
     expert_map int32 [num_experts] -> local expert or -1; num_experts defaults to its length, or to E.
     apply_router_weight_on_input (top_k must be 1): weight * hidden_states is the input, instead of weight * the output.
@@ -74,7 +74,8 @@ def fused_moe(
     layer = make_layer(
         hidden_states, w13, w2, activation=activation, limit=limit, alpha=alpha, fp8=fp8, w13_scale=w13_scale,
         w2_scale=w2_scale, a13_scale=a13_scale, a2_scale=a2_scale, w13_bias=w13_bias, w2_bias=w2_bias,
-        expert_map=expert_map, num_experts=num_experts, weight_on_input=apply_router_weight_on_input, layout=layout,
+        expert_map=expert_map, num_experts=num_experts, layout=layout,
+        apply_router_weight_on_input=apply_router_weight_on_input,
     )  # fmt: skip
     if path == "low_latency" and expert_map is not None:
         raise ValueError("path='low_latency' with an expert_map; valid with one: 'auto', 'aligned'")
@@ -82,8 +83,9 @@ def fused_moe(
     if hidden_states.shape[0] == 0:
         return out
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
+    num_tokens, top_k = topk_ids.shape
     low_latency = path == "low_latency" or (
-        path == "auto" and takes_low_latency_path(*topk_ids.shape, layer.num_experts, expert_map)
+        path == "auto" and takes_low_latency_path(num_tokens, top_k, layer.num_experts, expert_map)
     )
     slots = _slots(hidden_states, topk_weights, topk_ids, layer, low_latency, config)
     moe_combine(
@@ -100,52 +102,39 @@ def permuted_moe(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     *,
-    activation: str = "silu",
-    limit: float | None = None,
-    alpha: float = 1.702,
-    fp8: Fp8Scheme | None = None,
-    w13_scale: torch.Tensor | None = None,
-    w2_scale: torch.Tensor | None = None,
-    a13_scale: torch.Tensor | None = None,
-    a2_scale: torch.Tensor | None = None,
-    w13_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    expert_map: torch.Tensor | None = None,
-    num_experts: int | None = None,
     apply_router_weight_on_input: bool = False,
-    layout: str = "nk",
     out: torch.Tensor | None = None,
     config: GemmConfig | None = None,
     scratch: MoEPermuteScratch | None = None,
+    **layer_arguments,
 ) -> torch.Tensor:
     """`fused_moe` by way of moe_permute and moe_unpermute: same arguments and result, other roundings.
 
-    The router weight meets the stored slot, in the float32 sum of moe_unpermute. scratch holds the permutation's buffers.
+    The router weight meets the stored slot, in the float32 sum of moe_unpermute. scratch: the permutation's buffers.
+    layer_arguments: those of `fused_moe` that describe the layer, activation to layout; TypeError for any other.
     """
     require_tokens(hidden_states, topk_weights, topk_ids, apply_router_weight_on_input, out)
     layer = make_layer(
-        hidden_states, w13, w2, activation=activation, limit=limit, alpha=alpha, fp8=fp8, w13_scale=w13_scale,
-        w2_scale=w2_scale, a13_scale=a13_scale, a2_scale=a2_scale, w13_bias=w13_bias, w2_bias=w2_bias,
-        expert_map=expert_map, num_experts=num_experts, weight_on_input=apply_router_weight_on_input, layout=layout,
-    )  # fmt: skip
+        hidden_states, w13, w2, apply_router_weight_on_input=apply_router_weight_on_input, **layer_arguments
+    )
     if scratch is not None:
         scratch.validate(hidden_states, topk_ids)
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
     if hidden_states.shape[0] == 0:
         return out
     rows = moe_permute(
-        hidden_states, topk_ids, layer.num_experts, expert_map=expert_map, scratch=scratch,
+        hidden_states, topk_ids, layer.num_experts, expert_map=layer.expert_map, scratch=scratch,
         num_local_experts=layer.num_local_experts,
     )  # fmt: skip
     # From here on every row is a token of one slot, and ids are local. Rows without a pair have id -1.
-    layer = dataclasses.replace(layer, expert_map=None, num_experts=layer.num_local_experts)
+    local = dataclasses.replace(layer, expert_map=None, num_experts=layer.num_local_experts)
     weights, amax = None, None
     if apply_router_weight_on_input:
         weights = topk_weights.reshape(-1)[rows.permuted_idx.clamp(min=0)]
-    if fp8 and fp8.activation == "tensor" and a13_scale is None:
+    if layer.fp8 and layer.fp8.activation == "tensor" and layer.w13.activation_scale is None:
         # The scale belongs to the batch, not to the rows that happen to have a local expert.
         amax = partial_amax(hidden_states, topk_weights.reshape(-1) if apply_router_weight_on_input else None)
-    slots = _slots(rows.hidden_states, weights, rows.expert_ids[:, None], layer, False, config, amax)
+    slots = _slots(rows.hidden_states, weights, rows.expert_ids[:, None], local, False, config, amax)
     return moe_unpermute(slots, None if apply_router_weight_on_input else topk_weights, rows.inv_permuted_idx, out)
 
 
@@ -158,7 +147,7 @@ def _slots(
     config: GemmConfig | None,
     amax: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The expert outputs [P, K] of every valid pair of x [T, K] and ids [T, k]; rows of invalid pairs stay uninitialized.
+    """The expert outputs [P, K] of every valid pair of x [T, K] and ids [T, k]; those of invalid pairs stay unwritten.
 
     They are weighted unless weights is None or was applied on input. amax: see `quantize_fp8`, for x.
     """
@@ -174,9 +163,9 @@ def _slots(
     def linear(rows, scale, granularity, expert: Expert, pairs_per_row, weight, weight_on):
         out = torch.empty(num_pairs, expert.w.shape[1], dtype=x.dtype, device=x.device)
         moe_gemm(
-            rows, expert.w, out, assignment, config, pairs_per_row=pairs_per_row, a_scale=scale, a_granularity=granularity,
-            w_scale=expert.scale, w_granularity=layer.fp8.weight if layer.fp8 else "none", bias=expert.bias,
-            router_weight=weight, weight_on="none" if weight is None else weight_on,
+            rows, expert.w, out, assignment, config, pairs_per_row=pairs_per_row, a_scale=scale,
+            a_granularity=granularity, w_scale=expert.scale, w_granularity=layer.fp8.weight if layer.fp8 else "none",
+            bias=expert.bias, router_weight=weight, weight_on="none" if weight is None else weight_on,
         )  # fmt: skip
         return out
 
@@ -190,11 +179,11 @@ def _slots(
         h, a, layer.activation, layer.limit, layer.alpha, ids, num_experts=layer.num_experts,
         num_local_experts=layer.num_local_experts, expert_map=layer.expert_map,
     )  # fmt: skip
-    scale = None
+    a_scale = None
     if quantized:
-        a, scale = quantize_fp8(a, quantized, layer.w2.activation_scale)
+        a, a_scale = quantize_fp8(a, quantized, layer.w2.activation_scale)
     on_output = None if layer.weight_on_input else weights
-    return linear(a, scale, quantized or "none", layer.w2, 1, on_output, "output")
+    return linear(a, a_scale, quantized or "none", layer.w2, 1, on_output, "output")
 
 
 def _assign(ids: torch.Tensor, layer: Layer, low_latency: bool, config: GemmConfig) -> Assignment:

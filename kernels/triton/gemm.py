@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-SCALE_BLOCK = 128  #: fp8 blocks are 128 x 128 (weights) and 1 x 128 (activations)
+from kernels.checks import SCALE_BLOCK
 
 
 @triton.jit
@@ -202,10 +202,11 @@ def moe_gemm(
     """out[p] = epilogue(a[p // pairs_per_row] @ w[expert of p]^T) for every pair p, accumulated in float32.
 
     a [rows, K] with dense rows; w [E, N, K] with any strides; out [P, N] contiguous, bf16, fp16 or fp32. In order, the
-    epilogue multiplies by the scales, by router_weight [P] fp32 if weight_on == "input", adds bias [E, N], multiplies by
-    router_weight if weight_on == "output", and rounds once to out's dtype.
-    Scales are float32 with any strides: a_scale [1] (tensor), [rows] (token) or [rows, ceil(K/128)] (group); w_scale [E]
-    (tensor), [E, N] (channel) or [E, ceil(N/128), ceil(K/128)] (block). fp8 w without a_scale is converted to a's dtype.
+    epilogue multiplies by the scales, by router_weight [P] fp32 if weight_on == "input", adds bias [E, N], multiplies
+    by router_weight if weight_on == "output", and rounds once to out's dtype.
+    Scales are float32 with any strides: a_scale [1] (tensor), [rows] (token) or [rows, ceil(K/128)] (group); w_scale
+    [E] (tensor), [E, N] (channel) or [E, ceil(N/128), ceil(K/128)] (block). fp8 w without a_scale is converted to the
+    dtype of a.
     Rows of invalid pairs: zeros where the alignment kept them, otherwise not written. The caller has validated.
     """
     num_experts, n, k = w.shape

@@ -6,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.align import align_into, counts_shape
-from kernels.triton.checks import (
+from kernels.checks import (
     HIDDEN_DTYPES,
     ID_DTYPES,
     require_dense_rows,
@@ -17,6 +16,7 @@ from kernels.triton.checks import (
     require_shape,
     resolve_device,
 )
+from kernels.triton.align import align_into, counts_shape
 from kernels.triton.combine import moe_combine
 
 BLOCK_ROWS = 4
@@ -125,7 +125,9 @@ class MoEPermuteScratch:
         if self.hidden_size is not None and hidden_states.shape[1] != self.hidden_size:
             raise ValueError(f"hidden_size={hidden_states.shape[1]}; valid: {self.hidden_size}, as the scratch has")
         if self.hidden_dtype is not None and hidden_states.dtype != self.hidden_dtype:
-            raise ValueError(f"hidden_states: dtype {hidden_states.dtype}; valid: {self.hidden_dtype}, as the scratch has")
+            raise ValueError(
+                f"hidden_states: dtype {hidden_states.dtype}; valid: {self.hidden_dtype}, as the scratch has"
+            )
         for name, buffer in vars(self).items():
             if isinstance(buffer, torch.Tensor) and not (buffer.is_contiguous() and buffer.device == self.device):
                 raise ValueError(
@@ -144,9 +146,9 @@ def moe_permute(
 ) -> PermuteResult:
     """Gather rows of hidden_states [T, K] (dense rows) by local expert of topk_ids [T, k] int32 or int64.
 
-    expert_map int32 [num_experts] -> local expert or -1; invalid pairs get no row. The number of local experts is that of
-    the scratch, or num_local_experts, or num_experts without a map; with a map alone it is max(expert_map) + 1, which
-    waits for the device. With a scratch that holds hidden states nothing is allocated.
+    expert_map int32 [num_experts] -> local expert or -1; invalid pairs get no row. The number of local experts is that
+    of the scratch, or num_local_experts, or num_experts without a map; with a map alone it is max(expert_map) + 1,
+    which waits for the device. With a scratch that holds hidden states nothing is allocated.
     TypeError, ValueError: see `MoEPermuteScratch.validate`. The inputs are not written.
     """
     _validate(hidden_states, topk_ids, num_experts, expert_map)
@@ -159,7 +161,9 @@ def moe_permute(
     elif scratch.num_experts != num_experts:
         raise ValueError(f"num_experts={num_experts}; valid: {scratch.num_experts}, which the scratch was made for")
     elif num_local_experts not in (None, scratch.num_local_experts):
-        raise ValueError(f"num_local_experts={num_local_experts}; valid: {scratch.num_local_experts}, as the scratch has")
+        raise ValueError(
+            f"num_local_experts={num_local_experts}; valid: {scratch.num_local_experts}, as the scratch has"
+        )
     scratch.validate(hidden_states, topk_ids)
 
     num_tokens, top_k = topk_ids.shape
@@ -211,8 +215,8 @@ def moe_unpermute(
 ) -> torch.Tensor:
     """out [T, K] = sum over slots j of topk_weights[t, j] * permuted_out[inv_permuted_idx[t, j]], in float32.
 
-    permuted_out [P, K] with dense rows; topk_weights float32 [T, k], or None for ones; inv_permuted_idx int32 [T, k], -1
-    for no row. out, if given, has permuted_out's dtype and dense rows, and is returned.
+    permuted_out [P, K] with dense rows; topk_weights float32 [T, k], or None for ones; inv_permuted_idx int32 [T, k],
+    -1 for no row. out, if given, has permuted_out's dtype and dense rows, and is returned.
     """
     require_dtype("permuted_out", permuted_out, *HIDDEN_DTYPES)
     require_dense_rows("permuted_out", permuted_out)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.checks import HIDDEN_DTYPES, require_dense_rows, require_dtype, require_one_of, require_shape
+from kernels.checks import HIDDEN_DTYPES, require_dense_rows, require_dtype, require_one_of, require_shape
 
 GRANULARITIES = ("tensor", "token", "group")
 GROUP = 128
@@ -100,7 +100,7 @@ def _quantize_tensor_kernel(
     HAS_WEIGHT: tl.constexpr, STATIC: tl.constexpr, PARTIALS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """One scale for all: given (STATIC), or computed by every program from the partial maxima and stored by the first."""
+    """One scale for all: given (STATIC), or computed by every program from the partial maxima, stored by the first."""
     pid = tl.program_id(0)
     if STATIC:
         scale = tl.load(scale_ptr)
@@ -120,7 +120,7 @@ def _quantize_tensor_kernel(
 
 
 def partial_amax(x: torch.Tensor, router_weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Maxima of |x| (or |x * router_weight|), NaN ignored, over disjoint parts of the rows of x [M, K]: float32 [<= 256].
+    """Maxima of |x| (or |x * router_weight|), NaN ignored, over disjoint parts of the rows of x [M, K]: fp32 [<= 256].
 
     Their maximum is the amax of a dynamic per-tensor scale, which `quantize_fp8` takes as `amax`.
     """
@@ -154,7 +154,9 @@ def quantize_fp8(
     require_dense_rows("x", x)
     require_one_of("granularity", granularity, GRANULARITIES)
     if router_weight is not None and top_k != 1:
-        raise ValueError(f"top_k={top_k}; valid with router_weight: 1, since a row of several slots has several weights")
+        raise ValueError(
+            f"top_k={top_k}; valid with router_weight: 1, since a row of several slots has several weights"
+        )
     if static_scale is not None and granularity != "tensor":
         raise ValueError(f"granularity={granularity!r}; valid with static_scale: 'tensor'")
     if static_scale is not None:
@@ -165,15 +167,16 @@ def quantize_fp8(
     weight = x if router_weight is None else router_weight
     flags = dict(HAS_WEIGHT=router_weight is not None, BLOCK_ROWS=BLOCK_ROWS)
     if granularity == "tensor":
-        dynamic = static_scale is None
-        scale = torch.empty(1, dtype=torch.float32, device=x.device) if dynamic else static_scale
-        if dynamic and amax is None:
-            amax = partial_amax(x, router_weight)
+        if static_scale is None:
+            scale = torch.empty(1, dtype=torch.float32, device=x.device)
+            maxima = partial_amax(x, router_weight) if amax is None else amax
+        else:
+            scale = maxima = static_scale  # maxima are not read then
         # With no rows one program still has to store the scale.
         grid = (max(1, triton.cdiv(num_rows, BLOCK_ROWS) * triton.cdiv(k, 256)),)
         _quantize_tensor_kernel[grid](
-            x, weight, codes, scale, amax if dynamic else scale, num_rows, amax.numel() if dynamic else 0, k,
-            x.stride(0), STATIC=not dynamic, PARTIALS=MAX_AMAX_PROGRAMS, BLOCK_COLS=256, **flags,
+            x, weight, codes, scale, maxima, num_rows, maxima.numel(), k, x.stride(0),
+            STATIC=static_scale is not None, PARTIALS=MAX_AMAX_PROGRAMS, BLOCK_COLS=256, **flags,
         )  # fmt: skip
         return codes, scale
     span, block_cols = (GROUP, GROUP) if granularity == "group" else (k, 512)

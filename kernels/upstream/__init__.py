@@ -1,1 +1,1 @@
-"""Adapters to implementations that others ship, one small file each. They import what they adapt only when it is used."""
+"""Adapters to implementations that others ship, one small file each. They import what they adapt when it is used."""

@@ -10,6 +10,10 @@ Layout: each module has one of its own and gets transposed views, not copies, wh
 Invalid ids and experts of other ranks: the adapter maps ids to local experts and those that have none to the sentinel
 `num_experts` with weight 0, which is what transformers' expert-parallel dispatch hands to the very same modules.
 Nothing is kept between calls but the empty module: every call hangs the layer's current tensors into a copy of it.
+
+These modules differ between versions of transformers: in some the loop asserts on the sentinel (on a GPU that ends the
+process), in some a product runs over it, in some the limit is 7 whatever the configuration says. What a version does
+is found by trying a tiny problem on the CPU, once, not by its number.
 """
 
 from __future__ import annotations
@@ -19,16 +23,22 @@ import importlib
 import importlib.metadata
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
-from typing import Any, Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.grouped import DTYPES, grouped_mm_refusal, row_stride_refusal
+from kernels.grouped import activate, grouped_mm_refusal, local_experts, row_stride_refusal
+from kernels.layer import ALPHA, DTYPES, effective_limit
 
 OLDEST = 5  # the first major version with stacked experts and interchangeable implementations
+MOST_GATHERED = 8 * 2**30  #: bytes of weights that batched_mm may gather
 _import_lock = threading.Lock()
 
 
@@ -115,8 +125,20 @@ class _Transformers:
         if problem.shared_experts:
             return "shared_experts: a module of their own in transformers"
         import_transformers("utils.import_utils")
+        version = f"transformers {importlib.metadata.version('transformers')}"
         if find_spec(f"transformers.models.{family.model}") is None:
-            return f"activation: limit={problem.limit} needs {family.experts}, which this transformers does not have"
+            return f"activation: {problem.activation}, limit={problem.limit} needs {family.experts}; {version} has none"
+        where = f"{version}, {self.implementation}"
+
+        def failure(sentinel: bool) -> str | None:
+            return _failure(self.implementation, problem.activation, problem.limit, sentinel)
+
+        # Plain Mixtral is not tried: there is no telling a problem that it cannot do from a fault of it.
+        if family is not _MIXTRAL and (reason := failure(sentinel=False)):
+            return f"activation: {problem.activation}, limit={problem.limit} in {where}: {family.experts}: {reason}"
+        if (problem.invalid_ids or problem.ep is not None) and (reason := failure(sentinel=True)):
+            keyword = "invalid_ids" if problem.invalid_ids else "expert_map"
+            return f"{keyword}: {where}: {family.experts} fails on an id without expert: {reason}"
         return None
 
     def plans(self, problem: Any) -> list[dict]:
@@ -148,7 +170,8 @@ class _Transformers:
             module._is_expert_parallel = sentinel
             ids = topk_ids.long()
             if sentinel:
-                ids, topk_weights = _dispatch(ids, topk_weights, problem.num_experts, layer.expert_map, experts)
+                ids = local_experts(ids, problem.num_experts, layer.expert_map, experts)
+                topk_weights = topk_weights.masked_fill(ids >= experts, 0.0)
             with torch.no_grad():
                 result = module(hidden_states, ids, topk_weights)
             return result if out is None else out.copy_(result)
@@ -162,14 +185,6 @@ class Eager(_Transformers):
     name = "transformers-eager"
     implementation = "eager"
 
-    def supports(self, problem: Any, device: str | None = None) -> str | None:
-        """None or "<keyword>: reason"."""
-        # one_hot without a class for the sentinel (GptOss); the sentinel's class run as an expert (NemotronH).
-        if _family(problem) in (_GPT_OSS, _UNGATED) and (problem.invalid_ids or problem.ep is not None):
-            keyword = "invalid_ids" if problem.invalid_ids else "expert_map"
-            return f"{keyword}: the loop of {_family(problem).experts} fails on the sentinel of slots not served here"
-        return super().supports(problem)
-
     def plans(self, problem: Any) -> list[dict]:
         """As the others, but the weighted slot is rounded to io and summed in io; not so for relu2, whose module sums
         in the dtype of topk_weights: float32."""
@@ -182,6 +197,14 @@ class BatchedMM(_Transformers):
 
     name = "transformers-batched-mm"
     implementation = "batched_mm"
+
+    def supports(self, problem: Any, device: str | None = None) -> str | None:
+        """None or "<keyword>: reason"."""
+        if refusal := super().supports(problem):
+            return refusal
+        rows = _w13_rows(problem) + problem.intermediate_size
+        size = problem.tokens * problem.top_k * rows * problem.hidden_size * DTYPES[problem.dtype].itemsize
+        return f"memory: gathers {size / 2**30:.0f} GiB of weights" if size > MOST_GATHERED else None
 
 
 class GroupedMM(_Transformers):
@@ -199,10 +222,59 @@ class GroupedMM(_Transformers):
         return refusal
 
 
+class _Unwritten(TorchDispatchMode):
+    """grouped_mm as it may be on any device: rows past offs[-1] hold anything, here NaN."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.name() in ("aten::_grouped_mm", "aten::grouped_mm"):
+            offs = kwargs["offs"] if "offs" in kwargs else args[2]
+            result[int(offs[-1]) :] = torch.nan
+        return result
+
+
+@cache
+def _failure(implementation: str, activation: str, limit: float | None, sentinel: bool) -> str | None:
+    """What goes wrong in a tiny problem on the CPU, with an id that has no expert if `sentinel`, or None."""
+    problem = SimpleNamespace(
+        hidden_size=16, intermediate_size=16, num_experts=3, activation=activation, limit=limit, layout="nk",
+        invalid_ids=sentinel,
+    )  # fmt: skip
+    rng = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, device="cpu")
+
+    reach = 3 * (effective_limit(activation, limit) or 1.0)  # a third of the gates and ups lies beyond the limit
+    x, w13, w2 = normal(8, 16), normal(3, _w13_rows(problem), 16) * reach / 4, normal(3, 16, 16)
+    ids = (torch.arange(8, device="cpu")[:, None] + torch.tensor([0, 1], device="cpu")) % 3
+    weights = 1 + normal(8, 2).abs()
+    if sentinel:
+        ids[::2, 1] = -1
+    a = activate(torch.einsum("tk,enk->ten", x, w13), activation, limit)
+    slots = torch.einsum("tei,eki->tek", a, w2)[torch.arange(8, device="cpu")[:, None], ids.clamp(min=0)]
+    want = (slots * weights.masked_fill(ids < 0, 0.0)[..., None]).sum(1)
+    layer = SimpleNamespace(problem=problem, w13=w13, w2=w2, w13_bias=None, w2_bias=None, expert_map=None)
+    backend = _Transformers()
+    backend.implementation = implementation
+    try:
+        with _Unwritten():
+            got = backend.prepare(problem, layer)(x, weights, ids)
+    except Exception as error:  # whatever it is, it would be raised by, or kill, a real call
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    wrong = ~torch.isclose(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max())).all(1)
+    return f"computes {int(wrong.sum())} of {len(wrong)} tokens wrong" if wrong.any() else None
+
+
+def _w13_rows(problem: Any) -> int:
+    return problem.intermediate_size * (1 if problem.activation == "relu2" else 2)
+
+
 def _empty_module(family: _Family, problem: Any, experts: int, implementation: str) -> Any:
     """The family's experts module without weights (on the meta device)."""
     act, inner = _ACTIVATIONS[problem.activation], problem.intermediate_size
-    limit = 7.0 if problem.limit is None and problem.activation == "swigluoai" else problem.limit
+    limit = effective_limit(problem.activation, problem.limit)
     configurations = import_transformers(f"models.{family.model}.configuration_{family.model}")
     models = import_transformers(f"models.{family.model}.modeling_{family.model}")
     configuration = getattr(configurations, family.configuration)(hidden_size=problem.hidden_size)
@@ -215,10 +287,16 @@ def _empty_module(family: _Family, problem: Any, experts: int, implementation: s
         setattr(configuration, name, value)
     with torch.device("meta"):
         module = getattr(models, family.experts)(configuration).eval()
+    # Some versions have both as constants of the module, whatever the configuration says.
+    for name, value in (("limit", limit), ("alpha", ALPHA)):
+        if hasattr(module, name):
+            setattr(module, name, value)
     want = _own_layout(family, layout="nk", tensor=torch.empty(experts, 1, problem.hidden_size, device="meta")).shape
     have = getattr(module, family.w13).shape
     if have[0] != want[0] or problem.hidden_size not in have:
-        raise RuntimeError(f"{family.experts}.{family.w13} is {list(have)}: this transformers is not the one adapted to")
+        raise RuntimeError(
+            f"{family.experts}.{family.w13} is {list(have)}: this transformers is not the one adapted to"
+        )
     return module
 
 
@@ -234,24 +312,15 @@ def _with_weights(empty: Any, family: _Family, layer: Any) -> Any:
         "down_proj": _own_layout(family, layout, layer.w2),
     }
     if family.bias:
-        for name, bias, weight in ((family.w13, layer.w13_bias, "w13"), ("down_proj", layer.w2_bias, "w2")):
+        for name, bias in ((family.w13, layer.w13_bias), ("down_proj", layer.w2_bias)):
             if bias is None:  # x + 0 is exact
                 bias = torch.zeros(tensors[name].shape[0], tensors[name].shape[2], dtype=dtype, device=layer.w13.device)
             tensors[f"{name}_bias"] = bias
     missing = set(empty._parameters) ^ set(tensors)
     if missing:
-        raise RuntimeError(f"{family.experts} has parameters {sorted(empty._parameters)}, this adapter {sorted(tensors)}")
+        raise RuntimeError(
+            f"{family.experts} has parameters {sorted(empty._parameters)}, this adapter {sorted(tensors)}"
+        )
     module = copy.copy(empty)
     module._parameters = {n: torch.nn.Parameter(t.detach(), requires_grad=False) for n, t in tensors.items()}
     return module
-
-
-def _dispatch(
-    ids: Tensor, weights: Tensor, num_experts: int, expert_map: Tensor | None, experts: int
-) -> tuple[Tensor, Tensor]:
-    """Local expert ids, `experts` where none serves the slot, and weights that are 0 there."""
-    valid = (ids >= 0) & (ids < num_experts)
-    if expert_map is not None:
-        ids = expert_map.long()[ids.clamp(0, num_experts - 1)]
-        valid &= ids >= 0
-    return torch.where(valid, ids, experts), torch.where(valid, weights, 0)

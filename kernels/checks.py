@@ -2,6 +2,8 @@
 
 import torch
 
+LAYOUTS = ("nk", "kn")
+SCALE_BLOCK = 128  #: fp8 blocks are 128 x 128 (weights) and 1 x 128 (activations)
 ID_DTYPES = (torch.int32, torch.int64)
 HIDDEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -47,6 +49,26 @@ def require_expert_map(expert_map: torch.Tensor | None, num_experts: int, device
     require_shape("expert_map", expert_map, (num_experts,), "[num_experts]")
     if not expert_map.is_contiguous():
         raise ValueError(f"expert_map: stride {expert_map.stride()}; valid: contiguous")
+
+
+def require_weight_scale(
+    name: str, scale: torch.Tensor | None, granularity: str | None, shape: tuple[int, int, int], layout: str
+) -> None:
+    """ValueError unless `scale` fits weights of this shape, (E, N, K) whatever the layout: none for granularity None,
+    or "tensor" [E], "channel" [E, N], "block" [E, ceil(N/128), ceil(K/128)], the last two swapped in layout "kn"."""
+    if (scale is None) != (granularity is None):
+        state = "missing" if scale is None else "given"
+        raise ValueError(f"{name}: {state} with scale granularity {granularity!r}; valid: both or neither")
+    if scale is None or granularity is None:
+        return
+    e, n, k = shape
+    blocks_n, blocks_k = -(-n // SCALE_BLOCK), -(-k // SCALE_BLOCK)
+    blocks, meaning = (e, blocks_n, blocks_k), "[E, ceil(N/128), ceil(K/128)]"
+    if layout == "kn":
+        blocks, meaning = (e, blocks_k, blocks_n), "[E, ceil(K/128), ceil(N/128)]"
+    valid = {"tensor": ((e,), "[E]"), "channel": ((e, n), "[E, N]"), "block": (blocks, meaning)}
+    want, meaning = valid[granularity]
+    require_shape(name, scale, want, f"{meaning} for granularity {granularity!r} in layout {layout!r}")
 
 
 def resolve_device(device: torch.device | str) -> torch.device:

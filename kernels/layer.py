@@ -1,13 +1,16 @@
-"""The arguments of a layer, checked once and brought into one form: layout "nk", whatever the caller's layout."""
+"""The arguments of a layer, checked once and brought into one form: layout "nk", whatever the caller's layout.
+
+What every kernel here is called with, and the only place where it is checked. Needs torch alone.
+"""
 
 import dataclasses
 
 import torch
 
-from kernels.triton.activation import is_gated, require_limit
-from kernels.triton.checks import (
+from kernels.checks import (
     HIDDEN_DTYPES,
     ID_DTYPES,
+    LAYOUTS,
     overlap,
     require_dense_rows,
     require_device,
@@ -15,11 +18,13 @@ from kernels.triton.checks import (
     require_expert_map,
     require_one_of,
     require_shape,
+    require_weight_scale,
 )
-from kernels.triton.gemm import SCALE_BLOCK
 
-LAYOUTS = ("nk", "kn")
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
+ALPHA, SWIGLUOAI_LIMIT = 1.702, 7.0  #: swigluoai's defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Fp8Scheme:
     """How fp8 weights and activations are scaled.
 
     weight: "tensor" (scale [E]), "channel" ([E, N]) or "block" ([E, ceil(N/128), ceil(K/128)]).
-    activation: None (activations stay as they are), "tensor" (static scale if one is given), "token" or "group" (1x128).
+    activation: None (activations stay as they are), "tensor" (static scale if given), "token" or "group" (1x128).
     """
 
     weight: str
@@ -70,38 +75,65 @@ class Layer:
         return self.w13.w.shape[0]
 
 
+def is_gated(activation: str) -> bool:
+    """Whether h holds gate and up (2I columns). ValueError for an unknown activation."""
+    require_one_of("activation", activation, ACTIVATIONS)
+    return activation != "relu2"
+
+
+def require_limit(activation: str, limit: float | None) -> None:
+    """ValueError unless limit is None, or positive for an activation that has a gate to clamp."""
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit={limit}; valid: None, or positive")
+    if limit is not None and not is_gated(activation):
+        raise ValueError(f"limit={limit}; valid with activation {activation!r}, which has no gate: None")
+
+
+def effective_limit(activation: str, limit: float | None) -> float | None:
+    """The limit that is applied: the given one, or 7 for swigluoai; None clamps nothing."""
+    return SWIGLUOAI_LIMIT if limit is None and activation == "swigluoai" else limit
+
+
 def make_layer(
-    hidden_states, w13, w2, *, activation, limit, alpha, fp8, w13_scale, w2_scale, a13_scale, a2_scale, w13_bias, w2_bias,
-    expert_map, num_experts, weight_on_input, layout,
+    hidden_states, w13, w2, *, activation="silu", limit=None, alpha=ALPHA, fp8=None, w13_scale=None, w2_scale=None,
+    a13_scale=None, a2_scale=None, w13_bias=None, w2_bias=None, expert_map=None, num_experts=None, shared_experts=0,
+    apply_router_weight_on_input=False, layout="nk",
 ) -> Layer:  # fmt: skip
-    """Check the layer's arguments against hidden_states [T, K] (see `fused_moe`); TypeError or ValueError."""
+    """Check the layer's arguments against hidden_states [T, K] (see `fused_moe`); TypeError or ValueError.
+
+    shared_experts: how many experts at the end of w13 and w2 are nobody's id: every token goes to them.
+    """
     require_one_of("layout", layout, LAYOUTS)
     halves = 2 if is_gated(activation) else 1
     require_limit(activation, limit)
-    weight_dtypes = FP8_DTYPES if fp8 else (hidden_states.dtype,)
+    weight_dtypes = tuple(FP8.values()) if fp8 else (hidden_states.dtype,)
     for name, w in (("w13", w13), ("w2", w2)):
         require_dtype(name, w, *weight_dtypes)
         require_device(name, w, hidden_states.device)
         if w.ndim != 3:
             raise ValueError(f"{name}: shape {tuple(w.shape)}; valid: three dimensions, experts first")
     named = "w13 [E, N, K], w2 [E, K, I]" if layout == "nk" else "w13 [E, K, N], w2 [E, I, K]"
-    given = f"hidden_states {tuple(hidden_states.shape)}, w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}"
+    given = f"hidden_states [T, {hidden_states.shape[1]}], w13 {tuple(w13.shape)}, w2 {tuple(w2.shape)}"
     if layout == "kn":
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
     e, n, k = w13.shape
     if k != hidden_states.shape[1] or w2.shape[1] != k:
         raise ValueError(f"Hidden size mismatch: {given}; layout {layout!r} means {named}, K of all three equal")
     if min(w13.shape) < 1 or w2.shape[0] != e or w2.shape[2] * halves != n:
-        raise ValueError(f"Expert shape mismatch: {given}; valid for {activation!r}: {named}, N = {halves} * I, E equal")
+        raise ValueError(
+            f"Expert shape mismatch: {given}; valid for {activation!r}: {named}, N = {halves} * I, E equal"
+        )
     if num_experts is None:
-        num_experts = e if expert_map is None else expert_map.numel()
+        num_experts = e - shared_experts if expert_map is None else expert_map.numel()
     require_expert_map(expert_map, num_experts, hidden_states.device)
-    if expert_map is None and num_experts != e:
-        raise ValueError(f"num_experts={num_experts}; valid without expert_map: {e}, the experts of w13")
+    if expert_map is None and num_experts != e - shared_experts:
+        raise ValueError(
+            f"num_experts={num_experts}; valid without expert_map: {e - shared_experts}, the experts of w13"
+        )
     return Layer(
         _expert("13", w13, w13_scale, w13_bias, a13_scale, fp8, layout, hidden_states),
         _expert("2", w2, w2_scale, w2_bias, a2_scale, fp8, layout, hidden_states),
-        activation, limit, alpha, fp8, expert_map, num_experts, weight_on_input,
+        activation, limit, alpha, fp8, expert_map, num_experts, apply_router_weight_on_input,
     )  # fmt: skip
 
 
@@ -115,20 +147,9 @@ def _expert(name, w, scale, bias, activation_scale, fp8, layout, hidden_states) 
             require_device(field, tensor, hidden_states.device)
     if bias is not None:
         require_shape(f"w{name}_bias", bias, (e, n), "[E, N]")
-    if (scale is None) != (fp8 is None):
-        raise ValueError(f"w{name}_scale: {'missing' if scale is None else 'given'} with fp8={fp8}; valid: both or neither")
-    if fp8:
-        blocks_n, blocks_k = -(-n // SCALE_BLOCK), -(-k // SCALE_BLOCK)
-        shape, meaning = {
-            "tensor": ((e,), "[E]"),
-            "channel": ((e, n), "[E, N]"),
-            "block": ((e, blocks_n, blocks_k), "[E, ceil(N/128), ceil(K/128)]"),
-        }[fp8.weight]
-        if fp8.weight == "block" and layout == "kn":
-            shape, meaning = (e, blocks_k, blocks_n), "[E, ceil(K/128), ceil(N/128)]"
-        require_shape(f"w{name}_scale", scale, shape, meaning)
-        if fp8.weight == "block" and layout == "kn":
-            scale = scale.transpose(1, 2)
+    require_weight_scale(f"w{name}_scale", scale, fp8.weight if fp8 else None, (e, n, k), layout)
+    if fp8 and fp8.weight == "block" and layout == "kn":
+        scale = scale.transpose(1, 2)
     if activation_scale is not None:
         if fp8 is None or fp8.activation != "tensor":
             raise ValueError(f"a{name}_scale: given with fp8={fp8}; valid only with fp8.activation='tensor'")
@@ -152,9 +173,16 @@ def require_tokens(hidden_states, topk_weights, topk_ids, weight_on_input, out) 
     if weight_on_input and topk_ids.shape[1] != 1:
         raise ValueError(f"apply_router_weight_on_input=True with top_k={topk_ids.shape[1]}; valid: top_k=1")
     if out is not None:
-        require_dtype("out", out, hidden_states.dtype)
-        require_shape("out", out, tuple(hidden_states.shape), "[T, K]")
-        require_device("out", out, hidden_states.device)
-        require_dense_rows("out", out)
-        if overlap(out, hidden_states):
-            raise ValueError(f"out: address {out.data_ptr():#x} shares memory with hidden_states; valid: separate memory")
+        require_out("out", out, hidden_states)
+
+
+def require_out(name, out, hidden_states) -> None:
+    """TypeError or ValueError unless the result for hidden_states can be written to `out`."""
+    require_dtype(name, out, hidden_states.dtype)
+    require_shape(name, out, tuple(hidden_states.shape), "[T, K]")
+    require_device(name, out, hidden_states.device)
+    require_dense_rows(name, out)
+    if overlap(out, hidden_states):
+        raise ValueError(
+            f"{name}: address {out.data_ptr():#x} shares memory with hidden_states; valid: separate memory"
+        )
