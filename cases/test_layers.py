@@ -47,6 +47,13 @@ ROWS = {
     "t2-h64-i32-e1000-k4-bf16": "expert count far from a power of two",
 }  # fmt: skip
 
+GPU_ROWS = {
+    **sweep("t512-h1024-i512-e4-k2-{d}-random", "tiles of 64 rows and more: other matrix instructions than for small batches",
+            d=("bf16", "fp16", "fp32", "bf16-e4m3.block.group", "bf16-e4m3.channel.token", "bf16-e4m3.tensor.tensor", "bf16-e5m2.channel.token", "bf16-e4m3.block.none")),
+    **sweep("t512-h1024-i512-e4-k2-{d}-exact", "and their sums are exact", d=("bf16-e4m3.block.group", "bf16-e4m3.channel.token", "fp32")),
+    "t2048-h512-i128-e64-k8-bf16-random": "more blocks than one wave of the device holds",
+}  # fmt: skip
+
 
 def test_layers(check):
     check()

@@ -14,7 +14,7 @@ def _dot(a_ptr, b_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexp
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     a = tl.load(a_ptr + m[:, None] * K + k[None, :])
     b = tl.load(b_ptr + n[None, :] * K + k[:, None])
-    tl.store(out_ptr + m[:, None] * N + n[None, :], tl.dot(a, b, max_num_imprecise_acc=2**30))
+    tl.store(out_ptr + m[:, None] * N + n[None, :], tl.dot(a, b, max_num_imprecise_acc=K))
 
 
 def kept_bits(rows: int) -> int:

@@ -97,7 +97,9 @@ def load(spec: str) -> Any:
         raise BackendError(f"--backend {spec}: module {module} has no {attribute!r}") from error
     except Exception as error:  # whatever somebody else's module raises: it is named, and is the cause
         hint = "; run from where it can be imported" if getattr(error, "name", "") == module else ""
-        raise BackendError(f"--backend {spec}: cannot import {module}: {type(error).__name__}: {error}{hint}") from error
+        raise BackendError(
+            f"--backend {spec}: cannot import {module}: {type(error).__name__}: {error}{hint}"
+        ) from error
     backend: Any = found() if inspect.isclass(found) else found
     for name, kind in (("name", "a string"), ("devices", "a set of device names"), ("prepare", "a method")):
         if not hasattr(backend, name):

@@ -48,8 +48,11 @@ CANARY = -768.0  #: representable in every io dtype
 def run(case: Case, backend: Any, device: Device, family: str = "") -> Verdict:
     """The verdict for one case. A kernel's fault is a verdict; DeviceLost means that nothing else can run here."""
     started = time.perf_counter()
-    with _room(case.problem, device):
-        verdict = _run(case, backend, device, family)
+    if reason := why_not(case, backend, device):
+        verdict = Verdict(str(case), backend.name, str(device), "unsupported", family, reason)
+    else:
+        with _room(case.problem, device):
+            verdict = _run(case, backend, device, family)
     verdict.seconds = time.perf_counter() - started
     return verdict
 
@@ -58,7 +61,7 @@ def _run(case: Case, backend: Any, device: Device, family: str) -> Verdict:
     verdict = Verdict(str(case), backend.name, str(device), "passed", family)
     session = None
     try:
-        if reason := why_not(case, backend, device):
+        if reason := _no_room(case.problem, device):
             raise Unsupported(reason)
         session = Session(case, backend, device)
         scenario.play(session)
@@ -120,10 +123,14 @@ def why_not(case: Case, backend: Any, device: Device) -> str | None:
     reason = backends.unavailable(backend, device) or backends.unsupported(backend, case.problem, device)
     if reason is None and case.fill == "exact":
         reason = inexact(case.problem)
-    needed, room = 3 * weight_bytes(case.problem), device.memory_bytes()
-    if reason is None and needed > room:
-        reason = f"memory: needs about {needed / 2**30:.0f} GiB, {room / 2**30:.0f} GiB are free"
     return reason
+
+
+def _no_room(problem: Problem, device: Device) -> str | None:
+    needed, room = 3 * weight_bytes(problem), device.memory_bytes()
+    if needed <= room:
+        return None
+    return f"memory: needs about {needed / 2**30:.0f} GiB, {room / 2**30:.0f} GiB are free"
 
 
 def weight_bytes(problem: Problem) -> int:

@@ -48,7 +48,8 @@ def explain(judgement: Judgement, given: Inputs, what: str = "") -> tuple[str, s
     elif judgement.worst == "class":
         summary = f"{_count(wrong)} outputs are NaN or infinite where the oracle's are not, or the other way round"
     else:
-        summary = f"{judgement.worst} ({STATISTICS[judgement.worst]}) is {_share(judgement.budgets[judgement.worst])} its budget"
+        used = _share(judgement.budgets[judgement.worst])
+        summary = f"{judgement.worst} ({STATISTICS[judgement.worst]}) is {used} its budget"
     if patterns:
         summary += f": {patterns[0]}"
     if what:
