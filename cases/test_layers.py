@@ -43,6 +43,7 @@ ROWS = {
     **sweep("t40-h256-i128-e8-k2-{d}-repeat.leak", "nothing is left of a call full of NaN", d=("bf16", "bf16-invalid", "bf16-e4m3.tensor.tensor", "bf16-ep2.1")),
     **sweep("t16-h256-i128-e8-k2-{d}-batch.sizes", "batches that grow and shrink", d=("bf16", "bf16-e4m3.block.group", "fp32")),
     **sweep("t16-h256-i128-e32-k2-{d}-batch.routings", "routings in turn", d=("bf16", "bf16-e4m3.channel.token")),
+    **sweep("t16-h256-i128-e8-k2-{d}-shared{n}", "shared experts see every token with weight 1", d=("bf16", "fp32"), n=(1, 2)),
     "t3-h256-i128-e512-k10-bf16": "more experts than any block of threads (aiter 4482: experts from 512 on were never scanned)",
     "t2-h64-i32-e1000-k4-bf16": "expert count far from a power of two",
 }  # fmt: skip

@@ -23,7 +23,6 @@ ROWS = {
     **sweep("t1-h256-i128-e8-k1-bf16-win-{l}-win.no_extra_tensor", "nor on the low-latency path", l=("nk", "kn")),
     **sweep("t9-h256-i128-e8-k1-{d}-win-repeat.bits", "hidden_states are not mutated: the second call is the first", d=("bf16-random", "bf16-e4m3.block.group-random")),
     **sweep("t9-h256-i128-e16-k1-{d}-win-batch.sizes", "batches that grow and shrink", d=("bf16", "bf16-e4m3.tensor.token")),
-    "t9-h256-i128-e8-k1-bf16-win-shared1": "a shared expert sees the input unweighted",
 }  # fmt: skip
 
 

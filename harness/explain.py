@@ -14,6 +14,7 @@ from reference.moe import local_experts
 
 TILES = (128, 64, 32, 16)
 SHOWN = 6
+EVERY_TOKEN = "every token is wrong"
 #: What a statistic of harness/judge.py means, for whoever reads a failure.
 STATISTICS = {
     "rho": "the largest deviation",
@@ -122,13 +123,15 @@ def _patterns(judgement: Judgement, where: Where) -> Iterator[str]:
     unwritten = wrong & got.isnan() & ~expected.isnan()
     if unwritten.any():
         yield f"{_count(unwritten)} of the outputs are NaN: never written (out was full of NaN), or NaN was read"
+    places = [*_row_patterns(where), *_column_patterns(where)]
+    values = []
     if not unwritten.any() and bool((got[wrong] == 0).all()):
-        yield "every wrong output is zero"
+        values.append("every wrong output is zero")
     ratio = _factor(got[wrong], expected[wrong])
     if ratio is not None and ratio != 0:
-        yield f"the wrong outputs are {ratio:.4g} times the expected ones"
-    yield from _row_patterns(where)
-    yield from _column_patterns(where)
+        values.append(f"the wrong outputs are {ratio:.4g} times the expected ones")
+    # A place says more than a value, but for "every token", which says nothing yet.
+    yield from values + places if EVERY_TOKEN in places else places + values
 
 
 def _factor(got: Tensor, expected: Tensor) -> float | None:
@@ -146,7 +149,7 @@ def _factor(got: Tensor, expected: Tensor) -> float | None:
 def _row_patterns(where: Where) -> Iterator[str]:
     rows, tokens = where.rows, len(where.rows)
     if rows.all():
-        yield "every token is wrong"
+        yield EVERY_TOKEN
         return
     first = int(torch.nonzero(rows).flatten()[0])
     if rows[first:].all():
