@@ -63,8 +63,9 @@ class Device:
     def accumulator(self, operand: str) -> Accumulator:
         """How this device's matrix units add up products of `operand` ("e4m3", "bf16", ...).
 
-        Hopper's fp8 tensor cores align products to the largest one and keep few of the bits below it
-        (arXiv:2412.19437, section 3.3.2); kernels that promote every 128 products to float32 bound that loss.
+        Hopper's fp8 tensor cores align products to the largest one and keep 13 bits below it in tiles of 64 rows and
+        more (docs/fp8_accumulator.py measures it; also arXiv:2412.19437, section 3.3.2); smaller tiles take another
+        instruction, which is exact. Kernels that promote every 128 products to float32 bound that loss.
         """
         if self.torch.type == "cuda" and operand == "e4m3" and torch.cuda.get_device_capability()[0] == 9:
             return Accumulator(bits=13, depth=32, promote=128)
