@@ -161,6 +161,24 @@ def no_extra_tensor(s: Session) -> None:
     s.require(extra <= 0, f"router weight on input allocates {extra} more bytes")
 
 
+def must_refuse(
+    s: Session, what: str, words: tuple[str, ...], attempt: Callable[[], Any], untouched: dict[str, torch.Tensor]
+) -> None:
+    """attempt() must raise a ValueError or TypeError that holds one of the words, and leave these tensors as they are."""
+    before = {name: _bits(t).clone() for name, t in untouched.items()}
+    try:
+        attempt()
+    except (ValueError, TypeError) as error:
+        message = str(error)
+    else:
+        raise Failed(f"accepted: {what}", f"accepted: {what}")
+    named = any(word in message for word in words)
+    s.require(named, f"{what}: the error names none of {', '.join(words)}: {message!r}")
+    s.device.synchronize()
+    for name, tensor in untouched.items():
+        s.require(torch.equal(_bits(tensor), before[name]), f"{what}: refused, but {name} was written before")
+
+
 def kept_alive(layer: Layer) -> list[weakref.ref]:
     """Weak references to the layer's tensors."""
     return [weakref.ref(t) for t in layer.tensors().values()]

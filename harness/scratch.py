@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from harness.scenario import Unsupported, batch, require_promise, scenario
+from harness.scenario import Unsupported, batch, must_refuse, require_promise, scenario
 from harness.trace import Tracing, poison_
 
 if TYPE_CHECKING:
@@ -137,18 +137,7 @@ def _refused(s: Session, given: Inputs, scratch: Any, words: tuple[str, ...], wh
     """permute() must raise, say what is wrong, and write nothing."""
     for tensor in buffers(scratch).values():
         poison_(tensor)
-    before = {name: t.clone() for name, t in buffers(scratch).items()}
-    try:
-        _permute(s, given, scratch)
-    except (ValueError, TypeError) as error:
-        message = str(error)
-    else:
-        s.require(False, f"{what} was accepted")
-    said = any(word in message for word in words)
-    s.require(said, f"the error for {what} names none of {', '.join(words)}: {message!r}")
-    for name, tensor in buffers(scratch).items():
-        same = torch.equal(tensor.contiguous().view(torch.uint8), before[name].contiguous().view(torch.uint8))
-        s.require(same, f"{what} was refused, but the scratch's {name} was written before")
+    must_refuse(s, what, words, lambda: _permute(s, given, scratch), buffers(scratch))
 
 
 @scenario("scratch.refuses")

@@ -33,6 +33,11 @@ def poison_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def raw(tensor: Tensor) -> Tensor:
+    """The tensor's bytes, [n] uint8: what is compared where NaN must equal itself."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
 @dataclass
 class Allocation:
     """One tensor that an operator returned in memory of its own."""
