@@ -33,7 +33,7 @@ from harness.inputs import Inputs
 from harness.judge import Judgement, judge, judge_exact
 from harness.problem import Case, Problem
 from harness.scenario import Failed, Unsupported
-from harness.trace import Trace, Tracing, poison_
+from harness.trace import Trace, Tracing, poison_, raw
 from harness.verdict import Verdict
 from reference.formats import decode
 from reference.moe import local_experts
@@ -322,20 +322,16 @@ def _takes_out(call: Callable[..., Any]) -> bool:
     return any(p.name == "out" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _bytes(t: Tensor) -> Tensor:
-    return t.contiguous().flatten().view(torch.uint8)
-
-
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+    return a.shape == b.shape and torch.equal(raw(a), raw(b))
 
 
 def digest(t: Tensor) -> tuple[int, ...]:
     """A checksum of the tensor's bits: cheap enough to be taken around every call, also of whole-size layers."""
-    raw = _bytes(t)
-    words = raw[: len(raw) // 4 * 4].view(torch.int32)
-    parts = (words, words[::2], raw[len(words) * 4 :])
-    return (*(int(part.sum(dtype=torch.int64)) for part in parts), len(raw))
+    data = raw(t)
+    words = data[: len(data) // 4 * 4].view(torch.int32)
+    parts = (words, words[::2], data[len(words) * 4 :])
+    return (*(int(part.sum(dtype=torch.int64)) for part in parts), len(data))
 
 
 def _doubt(judgement: Judgement, given: Inputs) -> str | None:

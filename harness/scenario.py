@@ -1,7 +1,7 @@
 """Scenarios: the sequence of calls that a case asks about. A new one is a function.
 
     @scenario("repeat.bits")
-    def repeat_bits(s): ...
+    def repeatraw(s): ...
 
 A scenario gets a Session (harness/check.py): it draws inputs, prepares the backend, and checks calls; the first check
 that fails ends it. Scenarios that rest on a promise beyond the output's values (no allocation, no extra tensor, a path,
@@ -16,6 +16,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from harness.trace import raw
 
 if TYPE_CHECKING:
     from harness.backend import Layer
@@ -88,7 +90,7 @@ def once(s: Session) -> None:
 
 
 @scenario("repeat.bits")
-def repeat_bits(s: Session) -> None:
+def repeatraw(s: Session) -> None:
     """The same call gives the same bits: no race, no leftover of the call before."""
     if getattr(s.backend, "deterministic", True) is not True:
         raise Unsupported(f"scenario: {s.backend.name} declares that it is not deterministic")
@@ -96,13 +98,7 @@ def repeat_bits(s: Session) -> None:
     first = s.check(call, given, "first call").clone()
     for n in (2, 3):
         again = s.check(call, given, f"call {n}")
-        s.require(
-            torch.equal(_bits(first), _bits(again)), f"call {n} gave other bits than the first for the same inputs"
-        )
-
-
-def _bits(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous().view(torch.uint8)
+        s.require(torch.equal(raw(first), raw(again)), f"call {n} gave other bits than the first for the same inputs")
 
 
 @scenario("repeat.leak")
@@ -164,8 +160,8 @@ def no_extra_tensor(s: Session) -> None:
 def must_refuse(
     s: Session, what: str, words: tuple[str, ...], attempt: Callable[[], Any], untouched: dict[str, torch.Tensor]
 ) -> None:
-    """attempt() must raise a ValueError or TypeError that holds one of the words, and leave these tensors as they are."""
-    before = {name: _bits(t).clone() for name, t in untouched.items()}
+    """attempt() must raise a ValueError or TypeError that holds one of the words, and leave these tensors untouched."""
+    before = {name: raw(t).clone() for name, t in untouched.items()}
     try:
         attempt()
     except (ValueError, TypeError) as error:
@@ -176,7 +172,7 @@ def must_refuse(
     s.require(named, f"{what}: the error names none of {', '.join(words)}: {message!r}")
     s.device.synchronize()
     for name, tensor in untouched.items():
-        s.require(torch.equal(_bits(tensor), before[name]), f"{what}: refused, but {name} was written before")
+        s.require(torch.equal(raw(tensor), before[name]), f"{what}: refused, but {name} was written before")
 
 
 def kept_alive(layer: Layer) -> list[weakref.ref]:

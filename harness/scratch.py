@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.scenario import Unsupported, batch, must_refuse, require_promise, scenario
-from harness.trace import Tracing, poison_
+from harness.trace import Tracing, poison_, raw
 
 if TYPE_CHECKING:
     from harness.check import Session
@@ -72,9 +72,7 @@ def pointers(s: Session) -> None:
     pairs = first.permuted_idx[:rows].long()
     top_k = given.case.problem.top_k
     got, wanted = first.hidden_states[:rows], given.hidden_states[pairs // top_k]
-    s.require(
-        torch.equal(got.view(torch.uint8), wanted.contiguous().view(torch.uint8)), "permuted rows are not the tokens'"
-    )
+    s.require(torch.equal(raw(got), raw(wanted)), "permuted rows are not the tokens'")
     inverse = first.inv_permuted_idx.flatten().long()
     s.require(bool((inverse[pairs] == torch.arange(rows, device=pairs.device)).all()), "inv_permuted_idx is no inverse")
     s.require(int((inverse >= 0).sum()) == rows, "inv_permuted_idx names rows that do not exist")
