@@ -204,6 +204,8 @@ class Session:
         shape = f"{tuple(result.shape)} {result.dtype} on {result.device}"
         wanted = f"{tuple(x.shape)} {x.dtype} on {x.device}"
         self.require(shape == wanted, f"returned {shape}; it must be {wanted}{where}")
+        overrun = trace.overrun()
+        self.require(not overrun, f"wrote outside of a workspace of its own: {overrun}{where}")
         edges = torch.cat([fenced[:FENCE], fenced[FENCE + x.numel() :]])
         self.require(bool((edges == CANARY).all()), f"wrote outside of out: a canary next to it changed{where}")
         for name, old, new in zip(

@@ -2,7 +2,8 @@
 
 A torch dispatch mode sees every operator of the calling thread, whoever wrote the backend. While it is active, memory
 that would come back uninitialised (torch.empty and its kin) is filled with NaN, or with a large number for integers, so
-that a kernel that reads what nobody wrote cannot be right by luck.
+that a kernel that reads what nobody wrote cannot be right by luck. It also lies between canaries: whoever writes past
+the end of a workspace is seen.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ class Allocation:
     nbytes: int
 
 
+FENCE = 512  #: elements of canary before and behind each workspace: a multiple of every alignment that kernels ask for
+CANARY = 0xA5  #: its bytes
+
+
 @dataclass
 class Trace:
     """Everything one call did, in order."""
@@ -55,6 +60,16 @@ class Trace:
     launches: list[str] = field(default_factory=list)  #: names of Triton kernels
     ops: list[str] = field(default_factory=list)  #: torch operators
     allocations: list[Allocation] = field(default_factory=list)
+    fences: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)  #: (workspace, bytes before, bytes behind)
+
+    def overrun(self) -> str:
+        """Which workspaces were written past their ends, or ""."""
+        ends: dict[torch.device, list[Tensor]] = {}
+        for _, before, behind in self.fences:
+            ends.setdefault(before.device, []).extend((before, behind))
+        if all(bool((torch.cat(on) == CANARY).all()) for on in ends.values()):  # one wait for a device, not one a fence
+            return ""
+        return ", ".join(name for name, *both in self.fences if any(bool((t != CANARY).any()) for t in both))
 
     @property
     def allocated_bytes(self) -> int:
@@ -98,9 +113,17 @@ class Tracing(TorchDispatchMode):
                 kind = str(tensor.dtype).removeprefix("torch.")
                 size = tensor.numel() * tensor.element_size()
                 self.trace.allocations.append(Allocation(name, tuple(tensor.shape), kind, size))
-                if self.poison and name.startswith(_EMPTY):
-                    poison_(tensor)
+                if self.poison and name.startswith(_EMPTY) and tensor.device.type != "meta":
+                    return self._fenced(tensor, name)
         return result
+
+    def _fenced(self, tensor: Tensor, op: str) -> Tensor:
+        """An uninitialised tensor's double: poisoned, with a canary at either end."""
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        room = torch.empty(span + 2 * FENCE, dtype=tensor.dtype, device=tensor.device)
+        ends = [end.view(torch.uint8).fill_(CANARY) for end in (room[:FENCE], room[FENCE + span :])]
+        self.trace.fences.append((f"{op} {tuple(tensor.shape)}", ends[0], ends[1]))
+        return poison_(room.as_strided(tensor.shape, tensor.stride(), FENCE))
 
 
 def _storage(tensor: Tensor) -> int:

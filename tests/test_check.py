@@ -49,6 +49,12 @@ def overrun(call, layer, x, w, ids, out):
     return call(x, w, ids, out=out)
 
 
+def workspace_overrun(call, layer, x, w, ids, out):
+    space = torch.empty(3, 5)
+    torch.as_strided(space, (16,), (1,), space.storage_offset()).zero_()  # one element too many
+    return call(x, w, ids, out=out)
+
+
 def unwritten(call, layer, x, w, ids, out):
     out[:-1] = call(x, w, ids)[:-1]
     return out
@@ -74,6 +80,7 @@ def set_weights(call, layer, x, w, ids, out):
     "change, said",
     [
         (overrun, "canary"),
+        (workspace_overrun, "outside of a workspace of its own: empty.memory_format (3, 5)"),
         (unwritten, "never written"),
         (uninitialised, "NaN"),
         (set_input, "hidden_states was changed"),
