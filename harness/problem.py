@@ -140,7 +140,7 @@ class Problem:
 
     def weights_key(self) -> Problem:
         """The same layer for any batch: what two Problems share exactly if their weights may be shared."""
-        return replace(self, tokens=0, routing="uniform", ids=32, padded=False, top_k=self.top_k)
+        return replace(self, tokens=0, routing="uniform", ids=32, padded=False)
 
 
 @dataclass(frozen=True)
