@@ -60,10 +60,19 @@ class Trace:
     launches: list[str] = field(default_factory=list)  #: names of Triton kernels
     ops: list[str] = field(default_factory=list)  #: torch operators
     allocations: list[Allocation] = field(default_factory=list)
-    fences: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)  #: (workspace, bytes before, bytes behind)
+    fences: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)  #: (what, bytes before, bytes behind)
+
+    def fenced(self, like: Tensor, what: str) -> Tensor:
+        """Poisoned memory of like's shape, strides, dtype and device, between canaries that `overrun` looks at."""
+        reach = ((size - 1) * stride for size, stride in zip(like.shape, like.stride()))
+        span = 1 + sum(reach) if like.numel() else 0
+        room = torch.empty(span + 2 * FENCE, dtype=like.dtype, device=like.device)
+        before, behind = (end.view(torch.uint8).fill_(CANARY) for end in (room[:FENCE], room[FENCE + span :]))
+        self.fences.append((what, before, behind))
+        return poison_(room.as_strided(like.shape, like.stride(), FENCE))
 
     def overrun(self) -> str:
-        """Which workspaces were written past their ends, or ""."""
+        """What was written past its ends, or ""."""
         ends: dict[torch.device, list[Tensor]] = {}
         for _, before, behind in self.fences:
             ends.setdefault(before.device, []).extend((before, behind))
@@ -87,9 +96,9 @@ class Trace:
 class Tracing(TorchDispatchMode):
     """`with Tracing() as trace:` records what this thread does, and poisons uninitialised memory."""
 
-    def __init__(self, poison: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.poison, self.trace = poison, Trace()
+        self.trace = Trace()
 
     def __enter__(self) -> Trace:  # type: ignore[override]
         super().__enter__()
@@ -113,17 +122,9 @@ class Tracing(TorchDispatchMode):
                 kind = str(tensor.dtype).removeprefix("torch.")
                 size = tensor.numel() * tensor.element_size()
                 self.trace.allocations.append(Allocation(name, tuple(tensor.shape), kind, size))
-                if self.poison and name.startswith(_EMPTY) and tensor.device.type != "meta":
-                    return self._fenced(tensor, name)
+                if name.startswith(_EMPTY) and tensor.device.type != "meta":
+                    return self.trace.fenced(tensor, f"a workspace of its own: {name} {tuple(tensor.shape)}")
         return result
-
-    def _fenced(self, tensor: Tensor, op: str) -> Tensor:
-        """An uninitialised tensor's double: poisoned, with a canary at either end."""
-        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-        room = torch.empty(span + 2 * FENCE, dtype=tensor.dtype, device=tensor.device)
-        ends = [end.view(torch.uint8).fill_(CANARY) for end in (room[:FENCE], room[FENCE + span :])]
-        self.trace.fences.append((f"{op} {tuple(tensor.shape)}", ends[0], ends[1]))
-        return poison_(room.as_strided(tensor.shape, tensor.stride(), FENCE))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -226,14 +226,10 @@ class TritonCachedMoE:
         return None
 
     def plans(self, problem: Any) -> list[dict]:
-        """One plan: W8A16, every intermediate stored in io, weights and sums in float32."""
-        return [
-            {
-                "gate_up": "io", "act_chain": False, "act": "io", "slot": "io", "weight": "before_store",
-                "router_weight": "fp32", "combine": "fp32", "weighted_input": "accumulator",
-                "quantizes_activations": False,
-            }
-        ]  # fmt: skip
+        """Those of the uncached layer, W8A16."""
+        from kernels.triton.backend import TritonMoE
+
+        return [{**plan, "quantizes_activations": False} for plan in TritonMoE().plans(problem)]
 
     def expected_launches(self, problem: Any) -> tuple[set[str], set[str]]:
         """(required, forbidden) parts of kernel names: those of the uncached layer, and never a quantizer."""

@@ -90,9 +90,10 @@ class GroupedMM:
         ]  # fmt: skip
 
     def prepare(self, problem: Any, layer: Any) -> Callable[..., Tensor]:
-        """call(hidden_states [T, K] io, topk_weights [T, k], topk_ids [T, k], out=None) -> [T, K] io. Nothing is kept:
-        every call reads the
-        layer anew. TypeError or ValueError, before out is written, if an argument or the layer does not fit."""
+        """call(hidden_states [T, K] io, topk_weights [T, k], topk_ids [T, k], out=None) -> [T, K] io.
+
+        Nothing is kept: every call reads the layer anew. TypeError or ValueError, before out is written, if an argument
+        or the layer does not fit."""
 
         def call(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None) -> Tensor:
             problem = layer.problem
