@@ -149,7 +149,10 @@ class Harness:
     def note(self, **words: Any) -> None:
         """A worker: what the controller should know if nothing more is heard of it."""
         if self.worker:
-            (Path(self.worker["moe_notes"]) / f"{self.worker['workerid']}.json").write_text(json.dumps(words))
+            path = Path(self.worker["moe_notes"]) / f"{self.worker['workerid']}.json"
+            draft = path.with_suffix(f".{threading.get_ident()}")  # the watchdog's thread may write too
+            draft.write_text(json.dumps(words))
+            draft.replace(path)  # whole or not at all: another worker's death makes the controller read every note
 
     def end_process(self, found: dict[str, Any]) -> NoReturn:
         """The verdict after which this process cannot go on: recorded, said, and out, whatever else is stuck."""
