@@ -90,6 +90,19 @@ class Controller:
         """xdist is about to start a worker."""
         self.notes = self.notes or tempfile.mkdtemp(prefix="moe-harness-")
         node.workerinput["moe_notes"] = self.notes
+        send = node.sendcommand
+
+        def sendcommand(name: str, **words: object) -> None:
+            """A worker may have died a moment ago: its death arrives as an event, and gives its tests to others.
+
+            Without this the whole run ends there (pytest-xdist issue 204).
+            """
+            try:
+                send(name, **words)
+            except OSError as error:
+                node.log(f"{name} found no reader: {error}")
+
+        node.sendcommand = sendcommand
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
