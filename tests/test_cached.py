@@ -1,12 +1,10 @@
 """kernels/cached.py: one build, and never a stale, mixed or lingering weight, whatever happens to the layer."""
 
 import gc
-import math
 import os
 import subprocess
 import sys
 import textwrap
-import threading
 import timeit
 import weakref
 from functools import partial
@@ -15,78 +13,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kernels.cached import CachedFusedMoE, TritonCachedMoE
 from kernels.layer import Fp8Scheme
-
-E, K, I, TOP = 4, 48, 16, 2  # noqa: E741
-
-
-def make_problem(**changes):
-    fields = dict(
-        tokens=6, hidden_size=K, intermediate_size=I, num_experts=E, top_k=TOP, dtype="bf16", quant=None,
-        activation="silu", limit=None, bias=False, router_weight_on_input=False, layout="kn", ep=None,
-        invalid_ids=False, shared_experts=0,
-    )  # fmt: skip
-    return SimpleNamespace(**{**fields, **changes})
-
-
-def tensors(seed=0, experts=E):
-    rng = torch.Generator().manual_seed(seed)
-    w13 = torch.randn(experts, K, 2 * I, generator=rng) / math.sqrt(K)
-    return w13.bfloat16(), (torch.randn(experts, I, K, generator=rng) / math.sqrt(I)).bfloat16()
-
-
-def make_layer(seed=0, **changes):
-    w13, w2 = tensors(seed)
-    absent = dict.fromkeys(("w13_scale", "w2_scale", "w13_bias", "w2_bias", "a13_scale", "a2_scale", "expert_map"))
-    return SimpleNamespace(**{**absent, "problem": make_problem(), "w13": w13, "w2": w2, **changes})
-
-
-def make_call(tokens=6, top_k=TOP, experts=E):
-    rng = torch.Generator().manual_seed(tokens)
-    ids = torch.rand(tokens, experts, generator=rng).argsort(1)[:, :top_k].int()
-    return torch.randn(tokens, K, generator=rng).bfloat16(), torch.rand(tokens, top_k, generator=rng), ids
-
-
-class Launch:
-    """Stands for the Triton kernels: the same arguments, a naive layer. Keeps the arguments that are no tensors."""
-
-    def __init__(self):
-        self.seen, self.between = [], lambda: None
-
-    def __call__(self, x, w13, w2, weights, ids, *, activation, out, expert_map, w13_scale, w13_bias, **rest):
-        self.seen.append({"activation": activation, **{k: v for k, v in rest.items() if not torch.is_tensor(v)}})
-        act = {"silu": F.silu, "gelu": F.gelu}[activation]
-        local = ids.long() if expert_map is None else expert_map.long()[ids.long()]
-        scale = torch.ones(len(w13)) if w13_scale is None else w13_scale
-        total = torch.zeros(out.shape)
-        first = [
-            [row.float() @ w13[e].float() * scale[e] if e >= 0 else None for e in mine]
-            for row, mine in zip(x, local.tolist())
-        ]
-        self.between()  # GEMM 1 has read its weights, GEMM 2 has not
-        for t in range(len(x)):
-            for j, h in enumerate(first[t]):
-                if h is not None:
-                    gate, up = (h if w13_bias is None else h + w13_bias[local[t, j]].float()).chunk(2)
-                    total[t] += weights[t, j] * ((act(gate) * up) @ w2[local[t, j]].float())
-        out.copy_(total)
-
-
-def answer(layer, call):
-    """What a new instance, built for the layer as it is now, computes."""
-    out = torch.full_like(call[0], math.nan)
-    CachedFusedMoE(layer, Launch()).apply(out, *call)
-    return out
-
-
-def apply(instance, call):
-    out = torch.full_like(call[0], math.nan)
-    assert instance.apply(out, *call) is None
-    return out
+from tests.small_layer import (
+    E,
+    I,
+    K,
+    Launch,
+    answer,
+    apply,
+    make_call,
+    make_layer,
+    make_problem,
+    new_parameters,
+    rebind_data,
+    tensors,
+)
 
 
 def test_one_build_serves_all_calls_of_an_unchanged_layer():
@@ -99,14 +43,6 @@ def test_one_build_serves_all_calls_of_an_unchanged_layer():
     layer.problem = make_problem(tokens=17)  # an equal configuration: the batch is none of its business
     apply(instance, make_call())
     assert instance.builds == 1 and len(launch.seen) == 5, "0 tokens launch nothing"
-
-
-def rebind_data(layer):
-    layer.w13.data = tensors(9)[0]
-
-
-def new_parameters(layer):
-    layer.w13, layer.w2 = (torch.nn.Parameter(t) for t in tensors(9))
 
 
 def bigger(layer):
@@ -245,84 +181,6 @@ def test_swapped_weights_are_released_at_once():
     layer.w2.data = tensors(9)[1]
     gc.collect()
     assert tensor() is None and storage.expired(), "the instance keeps replaced weights alive"
-    assert torch.equal(apply(instance, call), answer(layer, call))
-
-
-def test_sixteen_threads_race_the_first_apply():
-    class SlowProblem(SimpleNamespace):
-        def __getattribute__(self, name):
-            if name == "num_experts":
-                threading.Event().wait(0.001)  # hands the interpreter to the other threads in the middle of a build
-            return super().__getattribute__(name)
-
-    layer = make_layer(problem=SlowProblem(**vars(make_problem())))
-    instance, start = CachedFusedMoE(layer, Launch()), threading.Barrier(16)
-    calls, got = [make_call(tokens) for tokens in range(1, 17)], [None] * 16
-
-    def work(i):
-        start.wait()
-        got[i] = apply(instance, calls[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]
-    [t.start() for t in threads], [t.join() for t in threads]
-    assert instance.builds == 1
-    layer.problem = make_problem()
-    assert all(torch.equal(g, answer(layer, c)) for g, c in zip(got, calls))
-
-
-@pytest.mark.parametrize("change", [rebind_data, new_parameters])
-def test_a_swap_in_the_middle_of_a_call_does_not_reach_it(change):
-    layer, launch, call = make_layer(), Launch(), make_call()
-    instance, before = CachedFusedMoE(layer, launch), answer(layer, call)
-    # Both tensors change between the two products.
-    launch.between = lambda: (change(layer), setattr(layer.w2, "data", tensors(9)[1]))
-    assert torch.equal(apply(instance, call), before)
-    launch.between = lambda: None
-    assert torch.equal(apply(instance, call), answer(layer, call))
-
-
-def test_calls_during_swaps_see_one_version_or_the_other():
-    versions = [make_layer(seed) for seed in (1, 2)]
-    call = make_call(2)
-    right = [answer(v, call) for v in versions]
-    layer = make_layer(1)
-    instance, stop = CachedFusedMoE(layer, Launch()), threading.Event()
-
-    def swap():
-        n = 0
-        while not stop.is_set():
-            n += 1
-            with instance.swap():
-                layer.w13 = versions[n % 2].w13
-                stop.wait(0.0005)  # the writer is stopped half way
-                layer.w2 = versions[n % 2].w2
-            stop.wait(0.0005)
-
-    thread = threading.Thread(target=swap)
-    thread.start()
-    try:
-        seen = [apply(instance, call) for _ in range(150)]
-    finally:
-        stop.set()
-        thread.join()
-    which = [tuple(torch.equal(out, r) for r in right) for out in seen]
-    assert set(which) == {(True, False), (False, True)}, "a call mixed both, or one of them never ran"
-
-
-def test_a_layer_that_changes_while_it_is_read_is_read_again():
-    class Swapping(SimpleNamespace):
-        armed = False
-
-        def __getattribute__(self, name):
-            if name == "w2" and type(self).armed:  # w13 has been read, w2 has not: another thread replaces both
-                type(self).armed = False
-                self.w13, self.w2 = tensors(9)
-            return super().__getattribute__(name)
-
-    layer, call = Swapping(**vars(make_layer())), make_call()
-    instance = CachedFusedMoE(layer, Launch())
-    apply(instance, call)
-    Swapping.armed = True
     assert torch.equal(apply(instance, call), answer(layer, call))
 
 
