@@ -1,4 +1,4 @@
-"""What the tests of Triton kernels on CPU tensors share. Imported first: it skips where they cannot be interpreted."""
+"""What the tests that interpret Triton kernels share. Imported first: it skips them where there is no interpreting."""
 
 import math
 

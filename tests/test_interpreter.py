@@ -1,21 +1,17 @@
 """The mended interpreter against ml_dtypes: every bit pattern upwards, every tie and every edge downwards."""
 
+import tests.interpreted  # isort: skip  # noqa: F401
+
+from concurrent.futures import ThreadPoolExecutor
+
+import ml_dtypes
+import numpy as np
 import pytest
+import torch
+import triton
+import triton.language as tl
 
-from harness import device, interpreter
-
-if device.present() != ("cpu",):
-    pytest.skip("a process that sees a GPU compiles kernels; these tests interpret them", allow_module_level=True)
-if reason := interpreter.usable():
-    pytest.skip(reason, allow_module_level=True)
-
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
-
-import ml_dtypes  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
+from harness import interpreter
 
 NUMPY = {
     torch.bfloat16: ml_dtypes.bfloat16,

@@ -6,18 +6,13 @@ Runs in this process where that is possible; with xdist, or where the process is
 import json
 import sys
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
-from threading import Thread
-from types import SimpleNamespace
 
 import pytest
 
 import harness.check  # before pytester takes note of what is loaded
 from harness import backend, device
-from harness.controller import Controller
 from harness.device import Device
-from harness.plugin import Harness
 from harness.selection import MarkExpression, select_devices
 
 pytest_plugins = ["pytester"]
@@ -356,33 +351,6 @@ def test_workers_that_die_are_replaced_and_counted(battery, monkeypatch, dist):
             "Not run: 2 unsupported (2 quant).",
         ]
     )
-
-
-@pytest.mark.parametrize("error", [OSError("cannot send (already closed?)"), TypeError("not a word")])
-def test_a_command_to_a_dead_worker(error):
-    """xdist may give a worker work before it has heard of its death; anything else that fails is not that."""
-
-    def send(name, **words):
-        raise error
-
-    notes: list[str] = []
-    node = SimpleNamespace(sendcommand=send, workerinput={}, log=notes.append)
-    Controller.pytest_configure_node(SimpleNamespace(notes="there"), node)
-    with nullcontext() if isinstance(error, OSError) else pytest.raises(TypeError):
-        node.sendcommand("steal", indices=[1])
-    assert node.workerinput == {"moe_notes": "there"}
-    assert notes == (["steal found no reader: cannot send (already closed?)"] if isinstance(error, OSError) else [])
-
-
-def test_a_note_is_read_whole_while_it_is_written(tmp_path):
-    """The controller reads every worker's note when one of them dies; the others go on writing theirs."""
-    worker = SimpleNamespace(worker={"moe_notes": str(tmp_path), "workerid": "gw0"})
-    Harness.note(worker, nodeid="first")
-    writing = Thread(target=lambda: [Harness.note(worker, nodeid="x" * n) for n in range(2000)])
-    writing.start()
-    while writing.is_alive():
-        assert [set(json.loads(path.read_text())) for path in tmp_path.glob("*.json")] == [{"nodeid"}]
-    writing.join()
 
 
 def test_a_kernel_in_somebody_elses_directory(pytester, monkeypatch):
