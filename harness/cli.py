@@ -1,4 +1,4 @@
-"""The command line, `moe-harness` or `python3 -m harness`: doctor, list, run, verify, floor.
+"""The command line, `moe-harness` or `python3 -m harness`: doctor, list, run, verify, floor; others in harness/commands/.
 
 A process uses either the interpreter or a GPU, never both: whatever concerns several devices starts one process each.
 """
@@ -22,16 +22,13 @@ from harness import backend as backends
 from harness import battery, results, summary
 from harness import device as devices
 from harness.backend import BackendError
+from harness.commands import bisect, compare, matrix, report, structure
+from harness.commands.common import ROOT, Wrong, environment, the_device
 from harness.device import DEVICES, Device, DeviceLost
 from harness.problem import FILLS, Case, DescriptorError, Problem
 from harness.verdict import GREEN, Verdict
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "ml_dtypes", "pytest", "pytest-xdist", "pytest-benchmark", "transformers")
-
-
-class Wrong(Exception):
-    """The command cannot be carried out as given; the message is the one line that says why. Exit code 2."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,16 +79,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add(floor, "floor", "A floor file made from a results file: 90 %% of what the last run executed.")
     sub.add_argument("results", type=Path, help="a results file (JSON Lines)")
+
+    for module in (structure, compare, bisect, matrix, report):
+        module.register(add)
     return parser
-
-
-def the_device(name: str) -> Device:
-    """The device of this name, ready for kernels; an absent XPU is emulated."""
-    here = name in devices.present()
-    if not here and name != "xpu":
-        raise Wrong(f"--device {name}: {devices.why_absent(name)}")
-    devices.start({name})
-    return Device(name, emulated=not here)
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
@@ -105,7 +96,7 @@ def doctor(args: argparse.Namespace) -> int:
         print()
         sys.stdout.flush()
         if name in devices.present():
-            subprocess.run([sys.executable, "-m", "harness", "doctor", "--device", name], env=_environment())
+            subprocess.run([sys.executable, "-m", "harness", "doctor", "--device", name], env=environment())
         else:
             print(f"{name}: {devices.why_absent(name)}")
             if name == "xpu":
@@ -128,12 +119,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _environment() -> dict[str, str]:
-    """The environment of a process that finds this harness, wherever it is started."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 # -- list -------------------------------------------------------------------------------------------------------------
@@ -261,7 +246,7 @@ def verify(args: argparse.Namespace) -> int:
     for name in args.device or devices.present():
         command = pytest_command(name, args.backend, args.jobs, args.pytest)
         print(f"moe-harness: {' '.join(command[1:])}", flush=True)
-        code = subprocess.run(command, env=_environment()).returncode
+        code = subprocess.run(command, env=environment()).returncode
         codes.append(code if code >= 0 else 128 - code)  # a signal, as a shell would say it
         if code:
             print(f"moe-harness: {name}: pytest ended with {codes[-1]}", flush=True)

@@ -1,0 +1,10 @@
+"""moe-harness bisect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def register(add: Callable[..., Any]) -> None:
+    """Declares the command's arguments."""

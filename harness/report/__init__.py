@@ -1,0 +1,1 @@
+"""Results files of any number of machines, merged (merge) and shown as one page (page)."""
