@@ -20,6 +20,7 @@ from harness.exact import inexact
 from harness.problem import FILLS, Case
 
 PACKAGE = "cases"
+TIMED = "perf"  #: the family whose cases are timed: run only where -m names it
 
 
 @dataclass(frozen=True)

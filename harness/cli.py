@@ -1,4 +1,4 @@
-"""The command line, `moe-harness` or `python3 -m harness`: doctor, list, run, verify, floor; others in harness/commands/.
+"""The command line, `moe-harness` or `python3 -m harness`: doctor, list, run, verify, floor; more in commands/.
 
 A process uses either the interpreter or a GPU, never both: whatever concerns several devices starts one process each.
 """
@@ -22,7 +22,7 @@ from harness import backend as backends
 from harness import battery, results, summary
 from harness import device as devices
 from harness.backend import BackendError
-from harness.commands import bisect, compare, matrix, report, structure
+from harness.commands import bisect, compare, gather, matrix, report, structure
 from harness.commands.common import ROOT, Wrong, environment, the_device
 from harness.device import DEVICES, Device, DeviceLost
 from harness.problem import FILLS, Case, DescriptorError, Problem
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(floor, "floor", "A floor file made from a results file: 90 %% of what the last run executed.")
     sub.add_argument("results", type=Path, help="a results file (JSON Lines)")
 
-    for module in (structure, compare, bisect, matrix, report):
+    for module in (structure, compare, bisect, matrix, gather, report):
         module.register(add)
     return parser
 

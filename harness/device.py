@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from reference.plan import Accumulator
 
@@ -60,6 +64,52 @@ class Device:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
         return int(_module(self.name).mem_get_info()[0])
 
+    def l2_bytes(self) -> int:
+        """The size of the last cache before memory, in bytes; 0 if the driver does not say."""
+        found = _module(self.name).get_device_properties(self.torch)
+        return int(getattr(found, "L2_cache_size", 0) or getattr(found, "last_level_cache_size", 0))
+
+    def event(self, **options: bool) -> Any:
+        """An event that can tell the time."""
+        return _module(self.name).Event(enable_timing=True, **options)
+
+    def graph_of(self, before: Callable[[], None], calls: Sequence[Callable[[], Tensor]]) -> Replay | None:
+        """Each call in turn, after `before`, as one graph with events around the call; None if it cannot be captured.
+
+        Only CUDA has events that are recorded inside a graph so far (`external`).
+        """
+        if self.name != "cuda":
+            return None
+        graph, outputs, pairs = torch.cuda.CUDAGraph(), [], []
+        try:
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    start, stop = self.event(external=True), self.event(external=True)
+                    before()
+                    start.record()
+                    outputs.append(call())
+                    stop.record()
+                    pairs.append((start, stop))
+        except RuntimeError as error:
+            # A call that waits for the device, say. Whether the device itself is well shows at once.
+            self.synchronize()
+            if "captur" not in str(error):
+                raise
+            return None
+        return Replay(self, graph, outputs, pairs)
+
+    def driver(self) -> dict[str, str]:
+        """The driver's version and the clocks at this moment (MHz, W, degrees C), as far as its tool tells."""
+        names = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
+        if self.torch.type != "cuda":
+            return {}
+        command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--id=0"]
+        try:
+            told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            return {}  # no such tool: nothing depends on it
+        return dict(zip(names, (word.strip() for word in told.strip().split(","))))
+
     def accumulator(self, operand: str) -> Accumulator:
         """How this device's matrix units add up products of `operand` ("e4m3", "bf16", ...).
 
@@ -70,6 +120,22 @@ class Device:
         if self.torch.type == "cuda" and operand == "e4m3" and torch.cuda.get_device_capability()[0] == 9:
             return Accumulator(bits=13, depth=32, promote=128)
         return Accumulator()
+
+
+@dataclass
+class Replay:
+    """A captured graph of timed calls, and the outputs that every replay writes."""
+
+    device: Device
+    graph: Any
+    outputs: list[Tensor]
+    pairs: list[tuple[Any, Any]]
+
+    def microseconds(self) -> list[float]:
+        """One replay: the time of each call."""
+        self.graph.replay()
+        self.device.synchronize()
+        return [start.elapsed_time(stop) * 1e3 for start, stop in self.pairs]
 
 
 def _module(name: str):

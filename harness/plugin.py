@@ -9,7 +9,6 @@ choose devices and make items exactly as a single process does.
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import sys
@@ -17,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -33,10 +31,10 @@ from harness.controller import VERDICT, Controller
 from harness.device import DEVICES, Device, DeviceLost
 from harness.problem import FILLS, Case, DescriptorError
 from harness.selection import MarkExpression, select_devices
+from harness.time_limit import time_limit
 from harness.verdict import Verdict
 
 GPU_WORKERS = 12  #: processes that share a GPU by default
-GRACE = 10  #: seconds after the time limit until a process that cannot even run Python any more is ended
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -50,6 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--require-device", action="append", default=[], choices=DEVICES, help="an error if this device is not here")
     add("--results", type=Path, metavar="PATH", help="append one JSON line for every verdict to this file")
     add("--floor", type=Path, metavar="PATH", help="fail if fewer cases ran than this file wants (cases/floor.toml)")
+    add("--shard", metavar="I/N", help="only the I-th of N parts of the items, of about the same duration")
+    add("--durations-from", type=Path, metavar="PATH", help="with --shard: past durations, or a results file")
     add("--case-timeout", type=float, default=300, metavar="SECONDS", help="a case's time limit (300; 0: none)")
 
 
@@ -76,6 +76,9 @@ class Harness:
         for name in option.require_device:
             if name not in devices.present():
                 raise pytest.UsageError(f"--require-device {name}: {devices.why_absent(name)}")
+        self.timing = times(option.markexpr)
+        if self.timing and (self.worker or getattr(option, "numprocesses", None)):
+            raise pytest.UsageError(f"-m {option.markexpr!r} with -n: processes on one device would time each other")
         devices.start({device.name for device in self.selection.devices})
         if self.worker and self.worker["workercount"] > 1:
             torch.set_num_threads(1)  # the workers share the cores: more threads would only wait for each other
@@ -121,6 +124,8 @@ class Harness:
     def items(self, module: Any) -> Iterator[Asked]:
         """The items of a family's module. Those of one case come together: its inputs are drawn once for all."""
         option = self.config.option
+        if module.FAMILY == battery.TIMED and not self.timing:
+            return
         expression = MarkExpression(option.markexpr)
         cases: dict[Case, list[Device]] = {}
         for device in self.selection.devices:
@@ -180,6 +185,12 @@ def _may_run(backend: Any, device: Device) -> bool:
     return not device.emulated or getattr(backend, "xpu_contract", False)
 
 
+def times(markexpr: str) -> bool:
+    """Whether this run is one that times: -m names the family of timed cases, and not to leave it out."""
+    expression = MarkExpression(markexpr)
+    return battery.TIMED in expression.names and expression.can_be_true({battery.TIMED: True})
+
+
 KEY: pytest.StashKey[Harness] = pytest.StashKey()
 
 
@@ -193,6 +204,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
     if option.numprocesses is not None or option.usepdb or option.collectonly or option.capture == "no":
+        return
+    if times(option.markexpr):
         return
     chosen = select_devices(option.markexpr, option.device, devices.present()).devices
     whole = not any("::" in argument or argument.endswith(".py") for argument in config.args)
@@ -213,6 +226,10 @@ def pytest_configure(config: pytest.Config) -> None:
     harness = config.stash[KEY] = Harness(config)
     if harness.controller:
         config.pluginmanager.register(harness.controller, "moe-harness-controller")
+    if config.option.shard:
+        from harness.shards import Splitter
+
+        config.pluginmanager.register(Splitter(config.option.shard, config.option.durations_from), "moe-harness-shard")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -266,24 +283,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 # -- one item ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def check(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
-    """check(): runs this item's case; the verdict is the outcome of the test."""
+def check(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """check(): runs this item's case; the verdict is the outcome of the test. check(benchmark): and times it then."""
     if not hasattr(request, "param"):
         raise pytest.UsageError(f"{request.node.nodeid}: its module has no FAMILY (see harness/battery.py)")
     harness, asked = request.config.stash[KEY], request.param
     called = []
 
-    def run() -> None:
+    def run(benchmark: Any = None) -> None:
         called.append(True)
-        _check(harness, asked, request.node)
+        _check(harness, asked, request.node, benchmark)
 
     yield run
     if not called:
         pytest.fail("the test never called check(): it proves nothing", pytrace=False)
 
 
-def _check(harness: Harness, asked: Asked, item: pytest.Item) -> None:
+def _check(harness: Harness, asked: Asked, item: pytest.Item, benchmark: Any) -> None:
     from harness import check as checks
+    from harness.perf.benchmark import timed
 
     def found(verdict: Verdict) -> dict[str, Any]:
         verdict.spec = asked.spec
@@ -294,11 +312,13 @@ def _check(harness: Harness, asked: Asked, item: pytest.Item) -> None:
     hung = found(replace(blank, reason=f"no answer in {seconds:g} s (--case-timeout)", seconds=seconds))
     harness.note(nodeid=item.nodeid, started=time.time(), record=hung)
     lost = ""
-    with _time_limit(seconds, lambda: harness.end_process(hung), harness.stderr):
+    with time_limit(seconds, lambda: harness.end_process(hung), harness.stderr):
         try:
             verdict = checks.run(asked.case, asked.backend, asked.device, family=asked.family)
             if verdict.status in ("failed", "crashed"):
                 asked.device.synchronize()  # was it this case's answer, or has the device been lost?
+            elif benchmark and verdict.status != "unsupported":
+                timed(verdict, asked, benchmark)
         except BackendError as error:
             verdict = replace(blank, status="crashed", reason=str(error))
         except DeviceLost as error:
@@ -322,27 +342,10 @@ def _check(harness: Harness, asked: Asked, item: pytest.Item) -> None:
         pytest.fail("\n".join(told), pytrace=False)
 
 
-@contextmanager
-def _time_limit(seconds: float, expired: Callable[[], None], stderr: Any) -> Iterator[None]:
-    """A thread that ends the process in good order; and, for a driver call that lets no thread run, one that just ends
-    it (faulthandler's needs no interpreter)."""
-    if not seconds:
-        yield
-        return
-
-    def end() -> None:
-        faulthandler.dump_traceback(stderr)
-        expired()
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=stderr)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        timer.cancel()
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    for device in config.stash[KEY].selection.devices:
+        machine_info[device.name] = {**devices.environment(device), **device.driver()}
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -21,7 +21,8 @@ if sys.version_info >= (3, 11):
 else:  # pytest brings it for Python 3.10
     import tomli as tomllib
 
-SCHEMA = 1  #: of a record; a reader refuses other versions
+SCHEMA = 2  #: of a record, as it is written now
+READABLE = (1, 2)  #: 1: without "perf"
 NOT_EXECUTED = ("unsupported",)
 UPDATE = "if that is right, print a new floor with: python3 -m harness floor RESULTS"
 
@@ -38,6 +39,7 @@ class Results:
     def __init__(self, path: Path, commit: str) -> None:
         self.path = path
         self.common = {"schema": SCHEMA, "run": f"{now()} {os.getpid()}", "commit": commit}
+        self.common |= {k: v for k in ("row", "shard") if (v := os.environ.get(f"MOE_HARNESS_{k.upper()}"))}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", encoding="utf-8")
@@ -71,8 +73,9 @@ def read(path: Path) -> tuple[Records, list[str]]:
         except json.JSONDecodeError:
             remarks.append(f"{path}:{number}: left out, the line is cut off after {len(line)} characters")
             continue
-        if record.get("schema") != SCHEMA:
-            raise ResultsError(f"{path}:{number}: schema={record.get('schema')}: this version reads {SCHEMA}")
+        if record.get("schema") not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise ResultsError(f"{path}:{number}: schema={record.get('schema')}: this version reads {known}")
         records.append(record)
     return records, remarks
 

@@ -30,6 +30,8 @@ class Verdict:
     seconds: float = 0.0
     calls: int = 0  #: calls of the backend that were judged
     trace: dict[str, Any] = field(default_factory=dict)
+    perf: dict[str, Any] = field(default_factory=dict)  #: what was timed after the case had passed (perf/benchmark.py)
+    error_map: dict[str, Any] = field(default_factory=dict)  #: of a failed call (harness/error_map.py)
     spec: str = ""  #: how --backend named the backend: a name, or package.module:object
 
     def __post_init__(self) -> None:

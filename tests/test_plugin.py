@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import harness.check  # before pytester takes note of what is loaded
-from harness import backend, device
+from harness import backend, device, results
 from harness.device import Device
 from harness.selection import MarkExpression, select_devices
 
@@ -244,7 +244,7 @@ def test_verdicts_become_outcomes_records_and_a_table(battery):
     found = records(path)
     assert [r["status"] for r in found] == ["passed", "failed", "unsupported", "mistrusted", "crashed"]
     assert {(r["schema"], r["family"], r["device"], r["environment"]["device"]) for r in found} == {
-        (1, "tiny", "cpu", "cpu")
+        (results.SCHEMA, "tiny", "cpu", "cpu")
     }
     assert len({(r["run"], r["commit"]) for r in found}) == 1 and found[1]["reproduce"] == again
     assert run(tests, f"--results={path}", "--lf").ret == 1

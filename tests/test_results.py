@@ -23,8 +23,8 @@ def test_runs_are_appended_and_read_back(tmp_path):
         file.close()
     found, remarks = results.read(path)
     assert [(r["status"], r["budget"], r["commit"], r["schema"]) for r in found] == [
-        ("passed", "inf", "abc", 1),
-        ("failed", "inf", "abc", 1),
+        ("passed", "inf", "abc", results.SCHEMA),
+        ("failed", "inf", "abc", results.SCHEMA),
     ]
     assert (
         remarks == []
@@ -52,7 +52,7 @@ def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(results.ResultsError, match="No such file or directory"):
         results.read(tmp_path / "none")
     (tmp_path / "old").write_text('{"schema": 0}\n')
-    with pytest.raises(results.ResultsError, match=r"old:1: schema=0: this version reads 1"):
+    with pytest.raises(results.ResultsError, match=r"old:1: schema=0: this version reads 1 and 2"):
         results.read(tmp_path / "old")
     with pytest.raises(results.ResultsError, match="--results .*: Is a directory"):
         results.Results(tmp_path, "abc")

@@ -1,4 +1,4 @@
-"""What several commands need: the error with exit code 2, a device that is ready, the environment of a child process."""
+"""What several commands need: the error with exit code 2, a device that is ready, a child process's environment."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Speed: what a call does, counted exactly (structure, compiled), what it takes (clock), and who is to blame (compare, bisect)."""
+"""Speed: what a call does, counted exactly; what it takes; and which commit is to blame."""

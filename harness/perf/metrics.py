@@ -1,6 +1,6 @@
 """The metrics by which two versions of a kernel are compared: what each counts, and whether it is exact.
 
-An exact metric is the same number every time, on any machine: one look decides. A timed one is noisy: statistics decide.
+An exact metric is the same number every time, on any machine: one look decides. A timed one is noisy.
 """
 
 from __future__ import annotations
