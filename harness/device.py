@@ -96,7 +96,7 @@ class Device:
             if "captur" not in str(error):
                 raise
             return None
-        return Replay(self, graph, outputs, pairs)
+        return Replay(self, graph, outputs, pairs, (before, *calls))
 
     def driver(self) -> dict[str, str]:
         """The driver's version and the clocks at this moment (MHz, W, degrees C), as far as its tool tells."""
@@ -130,6 +130,7 @@ class Replay:
     graph: Any
     outputs: list[Tensor]
     pairs: list[tuple[Any, Any]]
+    reads: tuple  #: whatever was captured: a graph holds addresses, and its memory must not go to somebody else
 
     def microseconds(self) -> list[float]:
         """One replay: the time of each call."""
