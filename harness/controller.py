@@ -150,6 +150,7 @@ class Controller:
         for name in ("backend", "fill") if backends else ("fill",):
             found += [f"--{name} {value}" for value in getattr(option, name)]
         found += [f"--seed {option.seed}"] if option.seed is not None else []
+        found += [f"--shard {option.shard}"] if option.shard else []
         paths = [arg.partition("[")[0] for arg in self.config.args]
         found += [arg for arg in paths if "::" in arg or arg.endswith(".py")][:3]
         return ", ".join(found)

@@ -1,10 +1,139 @@
-"""moe-harness matrix."""
+"""moe-harness matrix: the rows of matrix.toml listed, run, and given to CI."""
 
 from __future__ import annotations
 
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from harness import device as devices
+from harness import matrix, summary
+from harness.commands.common import ROOT, Wrong, environment
+from harness.matrix import MatrixError, Row
+from harness.results import ResultsError
 
 
 def register(add: Callable[..., Any]) -> None:
     """Declares the command's arguments."""
+    sub = add(command, "matrix", "The rows of the CI matrix; or one of them, run here exactly as CI does.")
+    matrix.add_arguments(sub)
+    sub.add_argument("--shard", default="", metavar="I/N", help="the I-th of N parts (all that a row has, in one)")
+    sub.add_argument("--results", type=Path, metavar="PATH", help="the results file (in results/, named after the row)")
+    sub.add_argument("--compare", nargs=2, metavar=("BASE", "HEAD"), help="the row's `moe-harness compare` instead")
+    sub.add_argument("--durations", nargs="+", metavar="RESULTS", help="print a durations file made of these results")
+    sub.add_argument("pytest", nargs="*", metavar="-- PYTEST OPTION", help="handed on to pytest")
+    _take_what_follows_dashes(sub)
+
+
+def _take_what_follows_dashes(sub: argparse.ArgumentParser) -> None:
+    """In `ROW --shard 1/2 -- -k x`, argparse before Python 3.13 takes "pytest" to be the nothing before --shard."""
+    whole = sub.parse_known_args
+
+    def parse_known_args(words: Any = None, namespace: Any = None) -> Any:
+        words = list(words)
+        cut = words.index("--") if "--" in words else len(words)
+        found, strange = whole(words[:cut], namespace)
+        found.pytest += words[cut + 1 :]
+        return found, strange
+
+    sub.parse_known_args = parse_known_args  # type: ignore
+
+
+def command(args: argparse.Namespace) -> int:
+    try:
+        if args.json or args.install:
+            return matrix.plain(args)
+        if args.durations:
+            return _durations(args.durations)
+        rows = matrix.read()
+        if not args.row:
+            print("\n".join(_table(list(rows.values()))))
+            return 0
+        row = matrix.of(args.row, rows)
+        return _compare(row, *args.compare) if args.compare else _run(row, args)
+    except (MatrixError, ResultsError) as error:
+        raise Wrong(str(error)) from error
+
+
+def _durations(paths: list[str]) -> int:
+    from harness.report.merge import merge
+    from harness.shards import condensed
+
+    records, remarks = merge(paths)
+    for remark in remarks:
+        print(f"moe-harness: {remark}", file=sys.stderr)
+    print(condensed(records), end="")
+    return 0
+
+
+# -- the list ---------------------------------------------------------------------------------------------------------
+def _table(rows: list[Row]) -> list[str]:
+    lines: list[tuple[str, ...]] = [
+        ("row", "runner", "device", "markers", "shards", "minutes", "when", "floor", "here")
+    ]
+    why: dict[str, list[str]] = {}
+    for row in rows:
+        floor = f"{sum(row.floor.values())} ({summary.number(len(row.floor), 'backend')})"
+        words = [row.name, " ".join(row.runner), row.device, row.markers or "-", row.shards, row.minutes]
+        reason = absent(row)
+        if reason:
+            why.setdefault(reason, []).append(row.name)
+        lines.append((*map(str, words), ", ".join(row.when), floor, "no" if reason else "yes"))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    table = ["  ".join(word.ljust(n) for word, n in zip(line, widths)).rstrip() for line in lines]
+    return [*table, *(f"not here: {', '.join(names)}: {reason}" for reason, names in why.items())]
+
+
+def absent(row: Row) -> str:
+    """Why the row cannot run on this machine, or ""."""
+    if row.device == "xpu-emulated":
+        return "an XPU is here, nothing is emulated" if "xpu" in devices.present() else ""
+    return "" if row.device in devices.present() else devices.why_absent(row.device)
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+def _run(row: Row, args: argparse.Namespace) -> int:
+    if reason := absent(row):
+        raise Wrong(f"{row.name} cannot run here: {reason}")
+    shard = args.shard or "1/1"
+    number, count = matrix.shard_of(shard)
+    name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{row.name}-{number}of{count}.jsonl"
+    path = args.results or Path("results") / name
+    words = matrix.pytest_command(row, shard, path, args.pytest)
+    told = [f"{name}={shlex.quote(value)}" for name, value in matrix.variables(row, shard).items()]
+    print(f"moe-harness: {' '.join(told)} {shlex.join(['python3', *words[1:]])}", flush=True)
+    code = subprocess.run(words, env=environment() | matrix.variables(row, shard)).returncode
+    if code < 0:
+        return 128 - code  # a signal, as a shell would say it
+    if count > 1 or args.pytest:
+        print(f"moe-harness: the floor of {row.name} is for all its shards, whole: python3 -m harness summary RESULTS")
+        return code
+    return max(code, _below_floor(row, path))
+
+
+def _below_floor(row: Row, path: Path) -> int:
+    from harness import gather
+    from harness.report.merge import merge
+
+    problems = gather.below_floor(row, gather.last_of_each(merge([path])[0]))
+    for problem in problems:
+        print(f"moe-harness: {problem}")
+    return 1 if problems else 0
+
+
+def _compare(row: Row, base: str, head: str) -> int:
+    if row.compare is None:
+        raise Wrong(f"{row.name}: compares nothing (no key compare in matrix.toml)")
+    words = [sys.executable, "-m", "harness", "compare", base, head]
+    words += [f"--device={row.device.removesuffix('-emulated')}", *row.compare]
+    if page := os.environ.get("GITHUB_STEP_SUMMARY"):
+        words.append(f"--markdown={page}")
+    print(f"moe-harness: {shlex.join(['python3', *words[1:]])}", flush=True)
+    code = subprocess.run(words, cwd=ROOT, env=environment() | row.environment).returncode
+    return code if code >= 0 else 128 - code

@@ -73,6 +73,7 @@ def run(case: Case, backend: Any, device: Device, fixture: Any) -> dict[str, Any
         "floor_us": roof.floor_us(problem, needed),
         "ceilings": {"copy_bytes_per_s": roof.copy_bytes_per_s, "flops_per_s": roof.flops_per_s},
         "clocks": device.driver(),
+        "configurations": stopwatch.configurations(),
     }
     if device.torch.type != "cpu":
         found["host_us"] = median(stopwatch.sample("host_us", 5))

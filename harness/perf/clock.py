@@ -23,6 +23,8 @@ from torch import Tensor
 from harness.check import Session, same_bits
 from harness.device import Device
 from harness.inputs import Inputs
+from harness.launches import Launch, watching
+from harness.perf.compiled import configuration
 from harness.problem import Case
 
 ROTATED = 4  #: input sets that take turns
@@ -95,6 +97,14 @@ class Clock:
         if self.device.torch.type == "cpu":
             raise NotTimed("device: on a CPU a call returns when its work is done: device_us says it all")
         return [self._host() for _ in range(count)]
+
+    def configurations(self) -> list[str]:
+        """What each Triton kernel that one call launches was compiled for, each once: tiles, warps, stages, types."""
+        seen: list[Launch] = []
+        with watching(seen.append):
+            self._calls[0]()
+        self.device.synchronize()
+        return list(dict.fromkeys(configuration(launch.spec()) for launch in seen))
 
     # -- one sample ---------------------------------------------------------------------------------------------------
     def _wall(self) -> list[float]:
