@@ -1,5 +1,6 @@
 # make verify   the battery, on every device that is here      make test    the project's own tests
-# make lint     ruff and mypy                                  make clean   remove what these made, but for results
+# make lint     ruff and mypy                                  make structure   what each call does, counted, and its
+# make clean    remove what these made, but for results                         machine code, against cases/structure.toml
 #
 # The first of them installs into $(VENV). PYTHON=... chooses another Python. SYSTEM=1 takes torch and all else that this
 # Python has installed already, whatever its version (a GPU machine's own torch, say): the pinned versions are then left.
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/moe-harness-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
 
-.PHONY: verify test lint clean
+.PHONY: verify test lint structure clean
 
 verify: $(STAMP)
 	@$(BIN)/python -m harness verify
@@ -23,6 +24,9 @@ lint: $(STAMP)
 	@echo "ruff check" && $(BIN)/ruff check .
 	@echo "ruff format --check" && $(BIN)/ruff format --check .
 	@echo "mypy" && $(BIN)/mypy
+
+structure: $(STAMP)
+	@$(BIN)/python -m harness structure
 
 # The stamp is written last: an installation that was interrupted is taken up again.
 $(STAMP): pyproject.toml setup.py constraints.txt

@@ -302,6 +302,7 @@ def check(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
 def _check(harness: Harness, asked: Asked, item: pytest.Item, benchmark: Any) -> None:
     from harness import check as checks
     from harness.perf.benchmark import timed
+    from harness.perf.compile_time import compiling
 
     def found(verdict: Verdict) -> dict[str, Any]:
         verdict.spec = asked.spec
@@ -312,13 +313,13 @@ def _check(harness: Harness, asked: Asked, item: pytest.Item, benchmark: Any) ->
     hung = found(replace(blank, reason=f"no answer in {seconds:g} s (--case-timeout)", seconds=seconds))
     harness.note(nodeid=item.nodeid, started=time.time(), record=hung)
     lost = ""
-    with time_limit(seconds, lambda: harness.end_process(hung), harness.stderr):
+    with time_limit(seconds, lambda: harness.end_process(hung), harness.stderr), compiling() as compiled:
         try:
             verdict = checks.run(asked.case, asked.backend, asked.device, family=asked.family)
             if verdict.status in ("failed", "crashed"):
                 asked.device.synchronize()  # was it this case's answer, or has the device been lost?
             elif benchmark and verdict.status != "unsupported":
-                timed(verdict, asked, benchmark)
+                timed(verdict, asked, benchmark, compiled)
         except BackendError as error:
             verdict = replace(blank, status="crashed", reason=str(error))
         except DeviceLost as error:

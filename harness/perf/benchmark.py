@@ -14,6 +14,7 @@ from harness import device as devices
 from harness.backend import BackendError
 from harness.device import Device, DeviceLost
 from harness.perf.clock import NotTimed, Stopwatch
+from harness.perf.compile_time import Compiled
 from harness.perf.roofline import ceilings, mean, operand, work
 from harness.problem import Case
 from harness.verdict import Verdict
@@ -27,10 +28,14 @@ def device_clock() -> float:
     return _elapsed
 
 
-def timed(verdict: Verdict, asked: Any, fixture: Any) -> None:
-    """The case (asked: its case, backend and device) has passed: what it takes goes into the verdict."""
+def timed(verdict: Verdict, asked: Any, fixture: Any, compiled: Compiled) -> None:
+    """The case (asked: its case, backend and device) has passed: what it takes goes into the verdict.
+
+    compiled: what has been compiled for it, and what will be in here.
+    """
     try:
         verdict.perf = run(asked.case, asked.backend, asked.device, fixture)
+        verdict.perf |= {"compile_seconds": compiled.seconds, "kernels_compiled": compiled.kernels}
     except NotTimed as reason:
         verdict.status, verdict.reason = "unsupported", str(reason)
     except (DeviceLost, BackendError):
@@ -63,7 +68,6 @@ def run(case: Case, backend: Any, device: Device, fixture: Any) -> dict[str, Any
     found = {
         "device_us": device_us,
         "samples_us": [round(us, 3) for us in samples],
-        "compile_seconds": stopwatch.compile_seconds,
         "method": stopwatch.method,
         "bytes": needed.bytes,
         "flops": needed.flops,

@@ -1,6 +1,6 @@
 """Time: what one call of a prepared backend takes on the device and on the host, compilation apart.
 
-    case -> inputs, rotated -> first calls (compile) -> graph of [flush L2, start, call, stop] for each input -> samples
+    case -> inputs, rotated -> first calls -> graph of [flush L2, start, call, stop] for each input -> samples
 
 Device time is read from events inside a captured graph, so that no gap between two launches is counted; where a call
 cannot be captured, from events around it, with enough work queued before it that the device never waits for the host.
@@ -73,11 +73,8 @@ class Clock:
 
     def __init__(self, calls: Sequence[Callable[[], Tensor]], device: Device, deterministic: bool = True) -> None:
         self.device, self._calls = device, calls
-        started = time.perf_counter()
         outputs = [one() for one in self._calls]
         device.synchronize()
-        #: Seconds of the first call with each set of inputs: compilation, autotuning, instances built at first use.
-        self.compile_seconds = time.perf_counter() - started
         self._warm_up()
         self.method = "wall clock"
         self._read: Callable[[], list[float]] = self._wall
@@ -87,11 +84,13 @@ class Clock:
     def sample(self, metric: str, count: int) -> list[float]:
         """`count` samples of "device_us" or "host_us", in microseconds a call.
 
-        device_us: the mean over the rotated inputs. On the CPU: the wall time of the call. host_us: the median time
-        until the call returns, with nothing queued on the device.
+        device_us: the mean over the rotated inputs; on the CPU the median wall time of the call.
+        host_us: the median time until the call returns, with nothing queued on the device.
         """
         if metric == "device_us":
-            return [fmean(self._read()) for _ in range(count)]
+            # Of a CPU the median: what other processes take from it comes in bursts.
+            middle = median if self.device.torch.type == "cpu" else fmean
+            return [middle(self._read()) for _ in range(count)]
         if metric != "host_us":
             raise ValueError(f"metric={metric}: one of device_us, host_us")
         if self.device.torch.type == "cpu":
