@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from harness import backend as backends
-from harness import explain, inputs, scenario
+from harness import error_map, explain, inputs, scenario
 from harness.backend import Layer
 from harness.device import Device, DeviceLost
 from harness.exact import inexact
@@ -69,6 +69,7 @@ def _run(case: Case, backend: Any, device: Device, family: str) -> Verdict:
         verdict.status, verdict.reason = "unsupported", str(reason)
     except Failed as failure:
         verdict.status, verdict.reason, verdict.report = "failed", failure.summary, failure.report
+        verdict.error_map = failure.error_map
     except (DeviceLost, backends.BackendError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a kernel raises is its verdict, with the whole traceback
@@ -172,7 +173,7 @@ class Session:
         judgement = self.judged(out, given)
         self.judgements.append(judgement)
         if not judgement.passed:
-            raise Failed(*explain.explain(judgement, given, what))
+            raise Failed(*explain.explain(judgement, given, what), error_map.of(judgement, given))
         if doubt := _doubt(judgement, given):
             self.doubts.append(doubt)
 

@@ -38,11 +38,11 @@ class Unsupported(Exception):
 
 
 class Failed(Exception):
-    """The case failed: one line, and the whole report."""
+    """The case failed: one line, the whole report, and of a judged output where it is off (harness/error_map.py)."""
 
-    def __init__(self, summary: str, report: str) -> None:
+    def __init__(self, summary: str, report: str, error_map: dict[str, Any] | None = None) -> None:
         super().__init__(summary)
-        self.summary, self.report = summary, report
+        self.summary, self.report, self.error_map = summary, report, error_map or {}
 
 
 SCENARIOS: dict[str, Callable[[Session], None]] = {}

@@ -1,10 +1,41 @@
-"""moe-harness report."""
+"""moe-harness report: one HTML file of any number of results files."""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from harness.commands.common import Wrong
 
 
 def register(add: Callable[..., Any]) -> None:
     """Declares the command's arguments."""
+    sub = add(report, "report", "One self-contained HTML file of any number of results files, from any machines.")
+    sub.add_argument("results", nargs="+", metavar="RESULTS", help="a results file, a directory of them, or a pattern")
+    sub.add_argument("--out", type=Path, default=Path("report.html"), metavar="PATH", help="the page (report.html)")
+    sub.add_argument("--title", default="MoE kernels: verdicts", help="the page's title")
+
+
+def report(args: argparse.Namespace) -> int:
+    from harness import results, summary
+    from harness.report import data, merge, page
+
+    records, remarks = merge.merge(args.results)
+    for remark in remarks:
+        print(f"moe-harness: {remark}", file=sys.stderr)
+    if not records:
+        raise Wrong(f"{', '.join(args.results)}: no record in it that can be read")
+    payload = data.payload(records, remarks, args.title, f"made {results.now()}")
+    plain = [*remarks, *payload["warnings"], *summary.totals(records)]
+    try:
+        args.out.write_text(page.render(payload, plain), encoding="utf-8")
+    except OSError as error:
+        raise Wrong(f"--out {args.out}: {error.strerror}") from error
+    for warning in payload["warnings"]:
+        print(f"moe-harness: {warning}", file=sys.stderr)
+    megabytes = args.out.stat().st_size / 1e6
+    print(f"{args.out}: {summary.number(len(records), 'record')}, {megabytes:.1f} MB")
+    return 0

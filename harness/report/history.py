@@ -1,0 +1,249 @@
+"""Many runs of many places: what is the state now, what was before, and where times changed their level.
+
+A place is what results may be compared on: a row of the CI matrix if records name one, else the hardware and the
+versions that run there. The state of a place is its newest run; with it go the earlier runs of the same commit that
+share no case with it (shards, other backends). A shard that is run again, case by case, replaces the one it repeats.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from harness.results import NOT_EXECUTED
+
+Record = dict[str, Any]
+Item = tuple[str, str, str]  #: family, backend, case
+VERSIONS = ("python", "torch", "triton", "cuda")
+
+ALPHA = 0.05  #: false discoveries among the marked shifts of a report
+MIN_CHANGE = 0.02  #: smaller shifts are not marked, however certain they are
+MIN_RUNS = 4  #: on either side of a shift
+TRIM = 0.1  #: share of the runs left out at either end, on either side: outliers
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where runs can be compared."""
+
+    name: str  #: the row of the matrix, or the hardware
+    device: str
+    versions: str = ""  #: "" where a row names the place: its history goes on through updates
+
+    @classmethod
+    def of(cls, record: Record) -> Place:
+        environment = record.get("environment") or {}
+        if row := record.get("row"):
+            return cls(str(row), record["device"])
+        name = environment.get("device_name") or environment.get("host") or "unknown machine"
+        versions = ", ".join(f"{v} {environment[v]}" for v in VERSIONS if v in environment)
+        return cls(str(name), record["device"], versions)
+
+
+@dataclass
+class Run:
+    """One run at one place."""
+
+    name: str
+    place: Place
+    started: float  #: seconds since 1970; 0: unknown
+    commit: str
+    records: dict[Item, Record] = field(default_factory=dict)
+    ended: float = 0.0
+
+    @property
+    def counts(self) -> Counter[str]:
+        return Counter(r["status"] for r in self.records.values())
+
+
+def runs(records: Iterable[Record]) -> list[Run]:
+    """The runs, oldest first. A run on two devices counts as one at each."""
+    found: dict[tuple[str, Place], Run] = {}
+    for record in records:
+        name, place = str(record.get("run", "")), Place.of(record)
+        if (name, place) not in found:
+            found[name, place] = Run(name, place, seconds(name.split(" ")[0]), str(record.get("commit", "unknown")))
+        run = found[name, place]
+        run.records[item(record)] = record
+        run.ended = max(run.ended, seconds(str(record.get("time", ""))))
+    return sorted(found.values(), key=lambda run: (run.started, run.name))
+
+
+def item(record: Record) -> Item:
+    return str(record.get("family", "")), record["backend"], record["case"]
+
+
+@lru_cache(maxsize=1 << 16)
+def seconds(time: str) -> float:
+    """Seconds since 1970 of a time as results files have it; 0 if it is none."""
+    try:
+        read = datetime.strptime(time, "%Y-%m-%dT%H:%M:%S%z")
+    except ValueError:
+        return 0.0
+    return read.astimezone(timezone.utc).timestamp()
+
+
+# -- the state --------------------------------------------------------------------------------------------------------
+@dataclass
+class State:
+    """What a place is at: its newest record of every case, of the runs that belong together, and the state before."""
+
+    place: Place
+    runs: list[Run]
+    before: State | None = None
+
+    @property
+    def records(self) -> dict[Item, Record]:
+        return {key: record for run in self.runs for key, record in run.records.items()}
+
+
+def states(found: list[Run]) -> dict[Place, State]:
+    """The state of every place, of its runs from the oldest to the newest."""
+    now: dict[Place, State] = {}
+    for run in found:
+        state = now.get(run.place)
+        kept = None if state is None or state.runs[-1].commit != run.commit else _kept(state.runs, run)
+        if state is None or kept is None:
+            now[run.place] = State(run.place, [run], state)
+        elif len(kept) == len(state.runs):
+            state.runs.append(run)
+        else:
+            now[run.place] = State(run.place, [*kept, run], state)
+    return now
+
+
+def _kept(group: list[Run], run: Run) -> list[Run] | None:
+    """Those of the group that go on beside the run: all if it shares no case with them, all but the one that it
+    repeats; None if it is another beginning."""
+    sharing = [old for old in group if old.records.keys() & run.records.keys()]
+    if not sharing:
+        return group
+    if len(sharing) == 1 and sharing[0].records.keys() == run.records.keys():
+        return [old for old in group if old is not sharing[0]]
+    return None
+
+
+def executed_less(state: State) -> list[tuple[str, str, int, int]]:
+    """(backend, family, executed now, and before), wherever it is less than in the last state that executed any."""
+    before: dict[tuple[str, str], int] = {}
+    older = state.before
+    while older is not None:
+        before = dict(_executed(older)) | before
+        older = older.before
+    now = _executed(state)
+    return [(*key, now[key], n) for key, n in sorted(before.items()) if now[key] < n]
+
+
+def _executed(state: State) -> Counter[tuple[str, str]]:
+    return Counter(
+        (backend, family)
+        for (family, backend, _), record in state.records.items()
+        if record["status"] not in NOT_EXECUTED
+    )
+
+
+# -- shifts -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Shift:
+    """A series changed its level."""
+
+    at: int  #: the first value of the new level
+    ratio: float  #: median after over median before, of the values between the shifts next to this one
+    p: float  #: after the correction for the places where it might have been
+
+
+def shifts(series: list[list[float]]) -> list[list[Shift]]:
+    """Where each series of positive times changed its level, oldest first; most do nowhere.
+
+    A series is cut where its ranks are most unlike on the two sides (Pettitt 1979), each part again, as long as
+    MIN_RUNS remain on either side. Then neighbouring parts are compared by Yuen's t-test of log time, trimmed by TRIM
+    (scipy.stats.ttest_ind with trim), the p-value multiplied by the number of places where a cut could be (Bonferroni),
+    and the parts that differ least are joined until all that are left differ. A shift is marked if it is among the
+    discoveries at a false discovery rate of ALPHA over all series (Benjamini and Hochberg 1995) and at least MIN_CHANGE
+    large.
+    """
+    logs = [np.log(np.asarray(values, dtype=float)) for values in series]
+    cuts = [_cuts(log) for log in logs]
+    tested: list[tuple[int, int, float]] = []
+    pending = [n for n, found in enumerate(cuts) if found]
+    while pending:
+        sides = [(n, a, c, b) for n in pending for a, c, b in _neighbours(cuts[n], len(logs[n]))]
+        found: dict[int, list[tuple[float, int]]] = defaultdict(list)
+        for (n, _, c, _), p in zip(sides, _p_values([(logs[n][a:c], logs[n][c:b]) for n, a, c, b in sides])):
+            found[n].append((min(1.0, p * (len(logs[n]) - 2 * MIN_RUNS + 1)), c))
+        pending = []
+        for n, judged in found.items():
+            p, least = max(judged)
+            if p <= ALPHA:
+                tested += [(n, c, p) for p, c in judged]
+            elif len(judged) == 1:
+                tested.append((n, least, p))
+            else:
+                cuts[n].remove(least)
+                pending.append(n)
+    return _marked(logs, tested)
+
+
+def _neighbours(cuts: list[int], length: int) -> list[tuple[int, int, int]]:
+    """(start, cut, end) of the parts on either side of each cut."""
+    ends = [0, *cuts, length]
+    return list(zip(ends, ends[1:], ends[2:]))
+
+
+def _cuts(values: np.ndarray, start: int = 0) -> list[int]:
+    """Every place where a level may have changed, in order."""
+    n = len(values)
+    if n < 2 * MIN_RUNS:
+        return []
+    places = np.arange(MIN_RUNS, n - MIN_RUNS + 1)
+    ordered = np.sort(values)
+    twice = np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") + 1  # the mean of ties
+    ranks = np.cumsum(twice / 2)[places - 1]
+    unlike = np.abs(2 * ranks - places * (n + 1)) / np.sqrt(places * (n - places))
+    cut = int(places[unlike.argmax()])
+    return [*_cuts(values[:cut], start), start + cut, *_cuts(values[cut:], start + cut)]
+
+
+def _p_values(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+    """Of all pairs of equal lengths at once: one call of scipy costs as much for a thousand as for one."""
+    from scipy import stats
+
+    found = [1.0] * len(pairs)
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for n, (before, after) in enumerate(pairs):
+        alike[len(before), len(after)].append(n)
+    for members in alike.values():
+        before, after = (np.stack([pairs[n][side] for n in members]) for side in (0, 1))
+        with warnings.catch_warnings():  # values without any scatter: p is then 0, or NaN if they are all the same
+            warnings.simplefilter("ignore", RuntimeWarning)
+            p = stats.ttest_ind(before, after, axis=1, equal_var=False, trim=TRIM).pvalue
+        same = np.median(before, axis=1) == np.median(after, axis=1)
+        for n, value in zip(members, np.where(same, 1.0, np.nan_to_num(p, nan=0.0))):
+            found[n] = float(value)
+    return found
+
+
+def _marked(logs: list[np.ndarray], tested: list[tuple[int, int, float]]) -> list[list[Shift]]:
+    certain: dict[int, dict[int, float]] = defaultdict(dict)
+    adjusted: Sequence[float] = ()
+    if tested:
+        from scipy import stats
+
+        adjusted = stats.false_discovery_control([p for *_, p in tested])
+    for (n, cut, p), level in zip(tested, adjusted):
+        if level <= ALPHA:
+            certain[n][cut] = p
+    found: list[list[Shift]] = [[] for _ in logs]
+    for n, cuts in certain.items():
+        for a, cut, b in _neighbours(sorted(cuts), len(logs[n])):
+            ratio = float(np.exp(np.median(logs[n][cut:b]) - np.median(logs[n][a:cut])))
+            if abs(ratio - 1) >= MIN_CHANGE:
+                found[n].append(Shift(cut, ratio, cuts[cut]))
+    return found
