@@ -1,10 +1,124 @@
-"""moe-harness bisect."""
+"""moe-harness bisect: the commit that changed a metric of a case."""
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
+import platform
+import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import device as devices
+from harness.commands.common import ROOT, Wrong
+from harness.device import DEVICES
+from harness.perf.metrics import METRICS, TARGETS, TIMED
+from harness.problem import Case, DescriptorError
+
+if TYPE_CHECKING:
+    from harness.perf.bisect_log import Log
+    from harness.perf.gauge import Bench
 
 
 def register(add: Callable[..., Any]) -> None:
     """Declares the command's arguments."""
+    sub = add(bisect, "bisect", "The commit that made a metric of a case worse: exact, or by statistics for a time.")
+    sub.add_argument("descriptor", help="such as t16-h256-i128-e8-k2-bf16-exact")
+    sub.add_argument("--good", required=True, metavar="REF", help="a commit, tag or branch that is good")
+    sub.add_argument("--bad", required=True, metavar="REF", help="one of its descendants that is bad")
+    sub.add_argument("--backend", metavar="SPEC", required=True, help="a backend's name, or package.module:object")
+    sub.add_argument("--metric", choices=METRICS, help="default: the first structural one that is worse at the bad end")
+    sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu)")
+    sub.add_argument("--target", default="sm_90", help=f"of compiled metrics: {', '.join(TARGETS)}, ... (sm_90)")
+    sub.add_argument("--repo", type=Path, metavar="DIR", help="another repository than this harness's own")
+    sub.add_argument("--build", metavar="COMMAND", help="shell command run once in every commit's worktree")
+    sub.add_argument("--confidence", type=float, default=0.99, metavar="P", help="of a timed search's answer (0.99)")
+    sub.add_argument("--budget", type=int, metavar="N", help="measurements at most (exact: none; timed: 2000)")
+    again = sub.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with the log of an earlier search (the default)")
+    again.add_argument("--restart", action="store_true", help="measure everything again, and write over the log")
+    sub.add_argument("--log", type=Path, metavar="PATH", help="the log (a file in the repository's git directory)")
+
+
+def bisect(args: argparse.Namespace) -> int:
+    """0 found, 1 nothing to be found, 3 stopped by the budget before the answer was certain."""
+    _validate(args)
+    from harness.perf.checkout import Checkouts, ended_by_sigterm
+    from harness.perf.gauge import Bench
+
+    with ended_by_sigterm(), Checkouts(args.repo or ROOT, build=args.build) as checkouts:
+        return carry_out(args, Bench(checkouts, args.device))
+
+
+def carry_out(args: argparse.Namespace, bench: Bench) -> int:
+    """The search, told as it goes, with workers that the caller ends."""
+    from harness.perf.bisect import Refused, bisect, choose_metric
+    from harness.perf.bisect_log import Log, default_path
+    from harness.perf.bisect_words import Command, told
+    from harness.perf.gauge import Gauge, Question
+    from harness.perf.history import History
+
+    resolve = bench.checkouts.resolve
+    history = History(bench.checkouts, resolve(args.good), resolve(args.bad))
+    what = {"good": history.good, "bad": history.bad, "case": args.descriptor, "backend": args.backend}
+    what |= {"metric": args.metric, "device": args.device, "target": args.target, "build": args.build} | _versions()
+    with Log(args.log or default_path(history.common_directory, what), what, args.restart) as log:
+        _greet(log)
+        # Until a metric is chosen, any structural one stands for the structure that is measured to choose it.
+        metric = METRICS[args.metric or "launches"]
+        gauge = Gauge(
+            Question(args.descriptor, args.backend, args.device, metric, args.target), bench, log, history.good
+        )
+        try:
+            if args.metric is None:
+                metric = choose_metric(gauge, history.good, history.bad, _say)
+                gauge.question = replace(gauge.question, metric=metric)
+            outcome = bisect(gauge, history, confidence=args.confidence, budget=args.budget, say=_say)
+        except Refused as reason:
+            more = Command(gauge.question, args.repo, args.build).more(reason, history)
+            print(f"refused: {reason}", "", *more, sep="\n")
+            return 3 if reason.stopped else 1
+        print("", *told(outcome, history, Command(gauge.question, args.repo, args.build)), sep="\n")
+    return 0 if outcome.certain else 3
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _greet(log: Log) -> None:
+    if log.resumed:
+        cut = f" ({log.cut} cut off)" if log.cut else ""
+        _say(f"going on with {log.resumed} measurements of {log.path}{cut}; --restart measures everything again")
+
+
+def _validate(args: argparse.Namespace) -> None:
+    from harness.perf.search import LEAST_BUDGET
+
+    try:
+        Case.parse(args.descriptor)
+    except DescriptorError as error:
+        raise Wrong(f"{error}; those in use: python3 -m harness list --why") from error
+    if not 0.5 < args.confidence < 1:
+        raise Wrong(f"--confidence {args.confidence}: above 0.5 and below 1")
+    if args.budget is not None and args.budget < 2:
+        raise Wrong(f"--budget {args.budget}: 2 or more, both ends are measured")
+    if args.budget is not None and args.metric in TIMED and args.budget < 2 * LEAST_BUDGET:
+        raise Wrong(f"--budget {args.budget}: {2 * LEAST_BUDGET} or more with --metric {args.metric}")
+    if not re.fullmatch(r"sm_\d{2,}a?|gfx[0-9a-f]+", args.target):
+        raise Wrong(f"--target {args.target}: such as {', '.join(TARGETS)}")
+    if args.device not in devices.present() and args.device != "xpu":
+        raise Wrong(f"--device {args.device}: {devices.why_absent(args.device)}")
+
+
+def _versions() -> dict[str, str | None]:
+    """What counts depend on besides the commit: a log made with other versions is another search's."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "triton"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

@@ -101,6 +101,8 @@ class Checkouts:
     def close(self) -> None:
         """End the workers, remove every worktree and the temporary directory."""
         for worker in self._workers:
+            worker.dismiss()  # all at once, or each would be waited for in turn
+        for worker in self._workers:
             worker.close()
         for commit in list(self._paths):
             self._remove(commit)
@@ -219,11 +221,16 @@ class Worker:
             raise WorkerError(answer["error"], answer["message"])
         return answer
 
+    def dismiss(self) -> None:
+        """The end of its input ends it, in its own time."""
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+
     def close(self) -> None:
         """End the process, and whatever it started."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with suppress(OSError):
-            self._process.stdin.close()  # the end of its input ends it
+        assert self._process.stdout is not None
+        self.dismiss()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
         self._kill()
