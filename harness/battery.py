@@ -64,6 +64,11 @@ def rows(module: ModuleType, device: Device) -> list[Row]:
     return list(found.values())
 
 
+def questions() -> list[ModuleType]:
+    """The families that every run asks: all but the one that is timed."""
+    return [m for m in families() if m.FAMILY != TIMED]
+
+
 def families() -> list[ModuleType]:
     """Every family's module, in the order of their file names."""
     package = importlib.import_module(PACKAGE)

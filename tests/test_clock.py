@@ -197,6 +197,8 @@ def run(pytester, monkeypatch):
     pytester.makepyfile(test_perf=PERF)
     pytester.makeini("[pytest]\naddopts = --strict-markers")
     monkeypatch.setattr(backend, "_installed", [])
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):  # this run's own workers are not that run's
+        monkeypatch.delenv(name, raising=False)
     return lambda *options: pytester.runpytest("--backend=tests.test_clock:Clone", *options)
 
 
