@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harness.launches import Launch, inside, watching
+
 POISON_INT = {1: 0x7B, 2: 0x7BCD, 4: 0x7BCDEF01, 8: 0x7BCDEF01}
 _EMPTY = ("empty.memory_format", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
 
@@ -57,10 +59,15 @@ CANARY = 0xA5  #: its bytes
 class Trace:
     """Everything one call did, in order."""
 
-    launches: list[str] = field(default_factory=list)  #: names of Triton kernels
+    launched: list[Launch] = field(default_factory=list)  #: Triton kernels
     ops: list[str] = field(default_factory=list)  #: torch operators
     allocations: list[Allocation] = field(default_factory=list)
     fences: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)  #: (what, bytes before, bytes behind)
+
+    @property
+    def launches(self) -> list[str]:
+        """The names of the Triton kernels launched."""
+        return [launch.name for launch in self.launched]
 
     def fenced(self, like: Tensor, what: str) -> Tensor:
         """Poisoned memory of like's shape, strides, dtype and device, between canaries that `overrun` looks at."""
@@ -86,7 +93,7 @@ class Trace:
 
     def summary(self) -> dict[str, Any]:
         return {
-            "launches": list(self.launches),
+            "launches": self.launches,
             "operators": len(self.ops),
             "allocations": len(self.allocations),
             "allocated_bytes": self.allocated_bytes,
@@ -102,18 +109,18 @@ class Tracing(TorchDispatchMode):
 
     def __enter__(self) -> Trace:  # type: ignore[override]
         super().__enter__()
-        _watch(self._launched)
+        self._watching = watching(self.trace.launched.append)
+        self._watching.__enter__()
         return self.trace
 
     def __exit__(self, *error) -> None:
-        _unwatch(self._launched)
+        self._watching.__exit__(None, None, None)
         super().__exit__(*error)
-
-    def _launched(self, name: str) -> None:
-        self.trace.launches.append(name)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if inside():
+            return result
         name = func.__name__
         self.trace.ops.append(name)
         given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -129,41 +136,3 @@ class Tracing(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-_watchers: list = []
-_hooked = False
-
-
-def _watch(callback) -> None:
-    """Call back with the name of every Triton kernel launched, compiled or interpreted."""
-    global _hooked
-    _watchers.append(callback)
-    if _hooked:
-        return
-    _hooked = True
-    import triton
-
-    def entered(metadata) -> None:
-        _tell(metadata.get()["name"])
-
-    triton.knobs.runtime.launch_enter_hook.add(entered)
-    # Launch hooks are not called by the interpreter: watch it where it starts a grid.
-    from triton.runtime.interpreter import GridExecutor
-
-    launch = GridExecutor.__call__
-
-    def watched(self, *args, **kwargs):
-        _tell(self.fn.__name__)
-        return launch(self, *args, **kwargs)
-
-    GridExecutor.__call__ = watched
-
-
-def _unwatch(callback) -> None:
-    _watchers.remove(callback)
-
-
-def _tell(name: str) -> None:
-    for callback in _watchers:
-        callback(name)
