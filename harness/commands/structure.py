@@ -119,7 +119,7 @@ def _show(args: argparse.Namespace) -> int:
         try:
             gpu(target)
         except ValueError as error:
-            raise Wrong(f"--target: {error}") from error
+            raise Wrong(f"--{error}") from error
     device = the_device(args.device)
     try:
         found = measure(case, backends.load(args.backend), device)
