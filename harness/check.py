@@ -195,7 +195,7 @@ class Session:
         out = tracing.trace.fenced(torch.empty(x.shape, dtype=x.dtype, device=x.device), "out")
         before = [t.clone() for t in (x, given.topk_weights, given.topk_ids)]
         digests = {name: digest(t) for name, t in given.handed.tensors().items()}
-        keywords = {"out": out} if _takes_out(call) else {}
+        keywords = {"out": out} if takes_out(call) else {}
         with tracing as trace:
             result = call(x, given.topk_weights, given.topk_ids, **keywords)
         self.device.synchronize()
@@ -319,7 +319,7 @@ def _with_own_layer(drawn: Inputs) -> Inputs:
     return Inputs(drawn.case, drawn.hidden_states, drawn.topk_weights, drawn.topk_ids, drawn.layer, handed)
 
 
-def _takes_out(call: Callable[..., Any]) -> bool:
+def takes_out(call: Callable[..., Any]) -> bool:
     parameters = inspect.signature(call).parameters.values()
     return any(p.name == "out" or p.kind is p.VAR_KEYWORD for p in parameters)
 

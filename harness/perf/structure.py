@@ -129,7 +129,7 @@ def steady_call(case: Case, backend: Any, device: Device) -> Callable[[], Any]:
     prepared = session.prepare(problem, given.handed, **options)
     x = given.hidden_states
     keywords = {}
-    if check._takes_out(prepared):
+    if check.takes_out(prepared):
         keywords["out"] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # A partial object is no Python function: it does not count.
     call = partial(prepared, x, given.topk_weights, given.topk_ids, **keywords)
