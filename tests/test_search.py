@@ -11,12 +11,14 @@ from tests.simulate_bisect import Machine, bayesian, culprit_of, paired, plain, 
 
 def test_the_right_commit_of_64_in_98_of_100_runs_at_far_less_than_plain_bisection_needs():
     hits, mean, most = rate(bayesian, 100)
-    assert hits >= 98 and mean < 400 and most < 1200, (hits, mean, most)
-    for k in (1, 3, 5, 10, 30):
+    assert hits >= 98 and mean < 700 and most < 1500, (hits, mean, most)
+    for k in (1, 3, 5, 10, 30, 100):
         found, needed, _ = rate(lambda machine, k=k: plain(machine, k), 100)
         assert found < 50, (k, found, needed)
-    found, needed, _ = rate(lambda machine: paired(machine, 30), 100)
-    assert found < hits and needed > mean, (found, needed)
+    # Also bisection in sittings, as the search has them, is no match for it at its price; as often right at twice that.
+    (found, needed, _), (twice, price, _) = (rate(lambda machine, k=k: paired(machine, k), 100) for k in (5, 10))
+    assert found < 95 and needed > 0.9 * mean, (found, needed)
+    assert twice > found and price > 1.8 * mean, (twice, price)
 
 
 def test_a_history_without_a_change_is_not_accused():
@@ -135,10 +137,10 @@ def test_a_skipped_culprit_is_found_as_a_range():
 def test_two_commits_need_no_search_and_a_budget_is_kept():
     machine = Machine(6, 1, commits=2, slower=0.2)
     ends, answer = search.find(2, machine.ratios)
-    assert ends.differ and answer.first == 1 and answer.certain and machine.pairs == ends.samples
+    assert ends.differ and answer.first == 1 and answer.certain and machine.sittings == ends.samples
     machine = Machine(7, 20)
-    ends, answer = search.find(64, machine.ratios, budget=70)
-    assert machine.pairs <= 70 and answer is not None and not answer.certain
+    ends, answer = search.find(64, machine.ratios, budget=22)
+    assert machine.sittings <= 22 and answer is not None and not answer.certain
     assert 20 in answer.credible and len(answer.credible) < 64
 
 
@@ -153,8 +155,8 @@ def test_a_change_for_the_better_and_one_too_small_are_refused():
 def test_the_detectable_effect_is_detected():
     smallest = np.mean([search.find(64, Machine(s, None).ratios)[0].smallest for s in range(20)])
     assert 0.005 < smallest < 0.04
-    found = sum(search.find(2, Machine(s, 1, commits=2, slower=smallest).ratios)[0].differ for s in range(60))
-    assert found >= 0.7 * 60, found
+    found = sum(search.find(2, Machine(s, 1, commits=2, slower=smallest).ratios)[0].differ for s in range(200))
+    assert found >= 0.7 * 200, found
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument("--repo", type=Path, metavar="DIR", help="another repository than this harness's own")
     sub.add_argument("--build", metavar="COMMAND", help="shell command run once in every commit's worktree")
     sub.add_argument("--confidence", type=float, default=0.99, metavar="P", help="of a timed search's answer (0.99)")
-    sub.add_argument("--budget", type=int, metavar="N", help="measurements at most (exact: none; timed: 2000)")
+    sub.add_argument("--budget", type=int, metavar="N", help="measurements at most (exact: none; timed: 300 sittings)")
     again = sub.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the log of an earlier search (the default)")
     again.add_argument("--restart", action="store_true", help="measure everything again, and write over the log")

@@ -20,7 +20,7 @@ from harness.perf.gauge import Gauge, Lost, Unmeasurable
 from harness.perf.history import ABORT, BAD, GOOD, SKIP, History
 from harness.perf.metrics import METRICS, STRUCTURE, Metric
 
-PAIRS = 1000  #: of samples that a timed search may take, if no budget is given
+SITTINGS = 300  #: that a timed search may take, if no budget is given
 LEAST = math.log(1.005)  #: a change of the time that is smaller is not looked for
 Say = Callable[[str], None]
 
@@ -91,7 +91,8 @@ def bisect(
     gauge: Gauge, history: History, *, confidence: float = search.CONFIDENCE, budget: int | None = None,
     say: Say = lambda line: None,
 ) -> Outcome:  # fmt: skip
-    """Refused if the ends do not differ, for the worse. budget: measurements in all, those from the log included."""
+    """Refused if the ends do not differ, for the worse. budget: measurements in all (of a time: sittings), those from
+    the log included."""
     started = time.perf_counter()
     if gauge.question.metric.exact:
         outcome = _exact(gauge, history, budget, say)
@@ -164,13 +165,13 @@ def _timed(gauge: Gauge, history: History, confidence: float, budget: int | None
     def told(state: search.Search) -> None:
         answer = state.answer()
         likely = _line(history, chain[answer.last], "likely", f"{answer.probability:.1%}")
-        say(f"{2 * state.samples:6} samples{likely}")
+        say(f"{state.samples:6} sittings{likely}")
 
     say(f"{len(chain) - 1} commits; first the ends, against each other, in turn")
-    pairs = PAIRS if budget is None else budget // 2
     try:
         ends, answer = search.find(
-            len(chain), measure, confidence=confidence, budget=pairs, least=LEAST, told=told
+            len(chain), measure, confidence=confidence, budget=SITTINGS if budget is None else budget,
+            least=LEAST, told=told,
         )  # fmt: skip
     except Lost as reason:
         raise Refused(f"the good end {history.good[:10]} cannot be timed: {reason}") from reason
@@ -179,7 +180,7 @@ def _timed(gauge: Gauge, history: History, confidence: float, budget: int | None
         least = math.expm1(max(ends.smallest, LEAST))
         raise Refused(
             f"{metric.name}: no change between the ends for certain: {old:.4g} -> {old * math.exp(ends.change):.4g} "
-            f"{metric.unit} ({math.expm1(ends.change):+.2%}, p = {ends.p:.2g}), {2 * ends.samples} samples; "
+            f"{metric.unit} ({math.expm1(ends.change):+.2%}, p = {ends.p:.2g}), {ends.samples} sittings; "
             f"a change of {least:.2%} would have been found with a probability of {search.POWER:.0%}",
             stopped=ends.more,
         )
@@ -187,7 +188,7 @@ def _timed(gauge: Gauge, history: History, confidence: float, budget: int | None
     return Outcome(
         metric, chain[answer.first : answer.last + 1], answer.certain, answer.probability, old,
         old * math.exp(answer.change), (low, high), [chain[c] for c in answer.credible], skipped, [], "",
-        2 * answer.samples, 0, 0.0,
+        answer.samples, 0, 0.0,
     )  # fmt: skip
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from harness.perf.bisect_log import Log
 from harness.perf.checkout import CannotBuild, Checkouts, Worker, WorkerError
 from harness.perf.metrics import Metric
 
-KEEP = 4  #: workers alive: a search ends by going to and fro between few commits and the good end
-#: Pairs of samples that a worker gives before another process takes its place. Where a process's memory lies shifts all
-#: that it measures; no commit's level may hang on one process.
-SERVES = 24
-
-
+KEEP = 4  #: workers alive
+#: Pairs of samples in a sitting: of the commit and of the good end, in turn, by a new process each. Where a process's
+#: memory lies shifts all that it measures, so that a sitting, whatever its length, is one observation.
+PAIRS = 8
 #: Crashes that say nothing about the kernel: a module that is imported in the first call is no Python, or not there.
 NOT_IMPORTED = ("SyntaxError", "IndentationError", "ImportError", "ModuleNotFoundError")
 
@@ -53,8 +52,8 @@ class Bench:
     keep: int = KEEP
     _workers: dict[tuple[str, str], Worker] = field(default_factory=dict)
 
-    def ask(self, commit: str, question: str, role: str = "", **fields: Any) -> dict[str, Any]:
-        """The worker's answer. Unmeasurable if the commit cannot be built; WorkerError."""
+    def start(self, commit: str, role: str = "") -> Worker:
+        """The worker, started if there is none. Unmeasurable if the commit cannot be built."""
         worker = self._workers.pop((commit, role), None)
         if worker is None:
             while len(self._workers) >= self.keep:
@@ -64,6 +63,11 @@ class Bench:
             except CannotBuild as error:
                 raise Unmeasurable(error.reason) from error
         self._workers[commit, role] = worker
+        return worker
+
+    def ask(self, commit: str, question: str, role: str = "", **fields: Any) -> dict[str, Any]:
+        """The worker's answer. Unmeasurable if the commit cannot be built; WorkerError."""
+        worker = self.start(commit, role)
         try:
             return worker.ask(question, **fields)
         except WorkerError as error:
@@ -83,8 +87,7 @@ class Gauge:
     def __init__(self, question: Question, bench: Bench, log: Log, reference: str) -> None:
         self.question, self.bench, self.log, self.reference = question, bench, log, reference
         self.fresh = 0
-        self._told: dict[str, int] = {}  #: pairs of the log that were given out, by commit
-        self._served: dict[tuple[str, str], int] = {}
+        self._told: dict[str, int] = {}  #: sittings of the log that were given out, by commit
 
     # -- exact --------------------------------------------------------------------------------------------------------
     def value(self, commit: str) -> int:
@@ -135,42 +138,60 @@ class Gauge:
 
     # -- timed --------------------------------------------------------------------------------------------------------
     def ratios(self, commit: str, count: int) -> list[float]:
-        """`count` log ratios of the commit's time to the reference's, next to each other, in alternating order."""
+        """`count` log ratios of the commit's time to the reference's, one a sitting."""
         done = self._told.get(commit, 0)
-        pairs = self.log.of(commit, "pair")[done : done + count]
-        while len(pairs) < count:
-            pairs.append(self._pair(commit, done + len(pairs)))
+        sittings = self.log.of(commit, "sitting")[done : done + count]
+        while len(sittings) < count:
+            sittings.append(self._sitting(commit, done + len(sittings)))
         self._told[commit] = done + count
-        return [math.log(pair["time"] / pair["reference"]) for pair in pairs]
+        return [sitting["ratio"] for sitting in sittings]
 
     def times(self) -> list[float]:
-        """Every time of the reference so far."""
-        return [r["reference"] for r in self.log.records if r["kind"] == "pair"]
+        """The reference's median time in every sitting so far."""
+        return [r["reference"] for r in self.log.records if r["kind"] == "sitting"]
 
-    def _pair(self, commit: str, number: int) -> dict[str, Any]:
+    def _sitting(self, commit: str, number: int) -> dict[str, Any]:
         if refused := self.log.of(commit, "untimed"):
             raise Unmeasurable(refused[0]["unmeasurable"])
-        times = {role: self._time(commit, role) for role in ("time", "reference")[:: -1 if number % 2 else 1]}
-        self.fresh += 2
-        pair = {"commit": commit, "kind": "pair", **times}
-        self.log.append(pair)
-        return pair
-
-    def _time(self, commit: str, role: str) -> float:
-        commit_asked = self.reference if role == "reference" else commit
-        served = self._served.get((commit_asked, role), 0) + 1
-        if served > SERVES:
-            self.bench.renew(commit_asked, role)
-            served = 1
-        self._served[commit_asked, role] = served
+        who = {"time": commit, "reference": self.reference}
         try:
-            answer = self._ask(commit_asked, "time", role=role, metric=self.question.metric.name, samples=1)
+            for role in who:
+                self._start(who[role], role)  # both at once: starting takes longer than measuring
+            taken: dict[str, list[float]] = {role: [] for role in who}
+            for pair in range(PAIRS):
+                for role in list(who)[:: -1 if (number + pair) % 2 else 1]:
+                    taken[role].append(self._time(who[role], role))
         except Unmeasurable as reason:
-            if commit_asked == self.reference:
+            if commit == self.reference:
                 raise Lost(str(reason)) from reason
             self.log.append({"commit": commit, "kind": "untimed", "unmeasurable": str(reason)})
             raise
+        finally:
+            for role in who:
+                self.bench.renew(who[role], role)
+        self.fresh += 1
+        ratio = median(math.log(t / r) for t, r in zip(taken["time"], taken["reference"], strict=True))
+        times = {role: median(found) for role, found in taken.items()}
+        sitting = {"commit": commit, "kind": "sitting", "ratio": ratio, **times}
+        self.log.append(sitting)
+        return sitting
+
+    def _start(self, commit: str, role: str) -> None:
+        try:
+            self.bench.start(commit, role)
+        except Unmeasurable as reason:
+            raise self._of(role, reason) from reason
+
+    def _time(self, commit: str, role: str) -> float:
+        try:
+            answer = self._ask(commit, "time", role=role, metric=self.question.metric.name, samples=1)
+        except Unmeasurable as reason:
+            raise self._of(role, reason) from reason
         return answer["samples"][0]
+
+    def _of(self, role: str, reason: Unmeasurable) -> Exception:
+        """What is wrong with the reference ends the search; with another commit, it is skipped."""
+        return Lost(str(reason)) if role == "reference" else reason
 
 
 def first_line(text: str) -> str:

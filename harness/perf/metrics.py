@@ -32,7 +32,7 @@ _ALL = (
     Metric("allocated_bytes", "bytes", "bytes of those tensors", "structure"),
     Metric("copies_h2d", "copies", "tensors copied from the host, or made from Python data", "structure"),
     Metric("copies_d2h", "copies", "tensors or numbers copied to the host", "structure"),
-    Metric("syncs", "waits", "waits for the device: results that the host must know to go on, copies that block", "structure"),
+    Metric("syncs", "waits", "waits for the device: for results that the host must know, for copies", "structure"),
     Metric("python_calls", "calls", "Python functions called outside of kernel launches: host overhead", "structure"),
     Metric("registers", "registers", "registers a thread, of the worst kernel", "compiled"),
     Metric("spills", "bytes", "bytes spilled from registers, all kernels", "compiled"),
