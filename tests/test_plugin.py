@@ -14,6 +14,7 @@ import harness.check  # before pytester takes note of what is loaded
 from harness import backend, device, results
 from harness.device import Device
 from harness.selection import MarkExpression, select_devices
+from tests.made_up import MINE
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,22 +44,6 @@ def run(case, backend, device, family=""):
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch):
     monkeypatch.setattr("harness.check.run", run)
-"""
-
-MINE = """
-class Mine:
-    name = "mine"
-    devices = {"cpu"}
-    def prepare(self, problem, layer): ...
-
-class Other(Mine):
-    name = "other"
-
-class Contract(Mine):
-    name, devices, xpu_contract = "contract", {"cpu", "xpu"}, True
-
-class Elsewhere(Mine):
-    name, devices = "elsewhere", {"cuda"}
 """
 
 TINY = """

@@ -11,6 +11,7 @@ from harness.device import Device
 from harness.matrix import MatrixError
 from harness.shards import Durations, condensed, recorded, split
 from harness.verdict import Verdict
+from tests.made_up import MINE
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,15 +123,6 @@ pytest_plugins = ["harness.plugin"]
 def made_up(monkeypatch):
     monkeypatch.setattr("harness.check.run", lambda case, backend, device, family="": Verdict(
         str(case), backend.name, str(device), "passed", family))
-"""
-MINE = """
-class Mine:
-    name = "mine"
-    devices = {"cpu"}
-    def prepare(self, problem, layer): ...
-
-class Other(Mine):
-    name = "other"
 """
 TINY = """
 FAMILY = "tiny"

@@ -105,8 +105,8 @@ def _validate(args: argparse.Namespace) -> None:
         raise Wrong(f"--confidence {args.confidence}: above 0.5 and below 1")
     if args.budget is not None and args.budget < 2:
         raise Wrong(f"--budget {args.budget}: 2 or more, both ends are measured")
-    if args.budget is not None and args.metric in TIMED and args.budget < 2 * LEAST_BUDGET:
-        raise Wrong(f"--budget {args.budget}: {2 * LEAST_BUDGET} or more with --metric {args.metric}")
+    if args.budget is not None and args.metric in TIMED and args.budget < LEAST_BUDGET:
+        raise Wrong(f"--budget {args.budget}: {LEAST_BUDGET} or more with --metric {args.metric}")
     if not re.fullmatch(r"sm_\d{2,}a?|gfx[0-9a-f]+", args.target):
         raise Wrong(f"--target {args.target}: such as {', '.join(TARGETS)}")
     if args.device not in devices.present() and args.device != "xpu":
