@@ -77,7 +77,7 @@ class Detail {
     const rows = map.experts.map(([expert, tokens, rowsWrong, wrong, rms]) => [String(expert), number(tokens), number(rowsWrong), number(wrong), rms.toPrecision(3)]);
     const more = map.experts_left_out ? ` The ${map.experts_left_out} best are left out.` : '';
     return rows.length > 0 && el('details', { open: rows.length <= 10 }, el('summary', {}, `By expert: ${rows.length}, the worst first.${more}`),
-      table(null, [['Local expert', 'n'], ['Tokens', 'n'], ['Tokens with a wrong output', 'n'], ['Wrong outputs', 'n'], [`Rms error, ${map.unit === 'sigma' ? '\u03c3' : 'rms'}`, 'n']], rows));
+      table(null, [['Local expert', 'n'], ['Tokens', 'n'], ['Tokens with a wrong output', 'n'], ['Wrong outputs', 'n'], [`Rms error of the finite ones, ${map.unit === 'sigma' ? '\u03c3' : 'rms'}`, 'n']], rows));
   }
 
   budgets(c) {
