@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ from harness.commands import bisect, compare, gather, matrix, report, structure
 from harness.commands.common import ROOT, Wrong, environment, the_device
 from harness.device import DEVICES, Device, DeviceLost
 from harness.problem import FILLS, Case, DescriptorError, Problem
+from harness.processes import exit_code, pytest_words, workers
 from harness.verdict import GREEN, Verdict
 
 PACKAGES = ("torch", "triton", "numpy", "ml_dtypes", "pytest", "pytest-xdist", "pytest-benchmark", "transformers")
@@ -246,9 +246,8 @@ def verify(args: argparse.Namespace) -> int:
     for name in args.device or devices.present():
         command = pytest_command(name, args.backend, args.jobs, args.pytest)
         print(f"moe-harness: {' '.join(command[1:])}", flush=True)
-        code = subprocess.run(command, env=environment()).returncode
-        codes.append(code if code >= 0 else 128 - code)  # a signal, as a shell would say it
-        if code:
+        codes.append(exit_code(subprocess.run(command, env=environment()).returncode))
+        if codes[-1]:
             print(f"moe-harness: {name}: pytest ended with {codes[-1]}", flush=True)
     return max(codes)
 
@@ -256,17 +255,9 @@ def verify(args: argparse.Namespace) -> int:
 def pytest_command(device: str, specs: list[str], jobs: int | None, more: list[str]) -> list[str]:
     """One device's part of `verify`."""
     path = Path("results") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{device}.jsonl"
-    # "=" in every option: pytest would take a loose path for one to look for its configuration in. -rN: our own
-    # summary names the failures.
-    command = [sys.executable, "-m", "pytest", "-rN", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
-    command += [f"--device={device}", f"--results={path}", f"--floor={ROOT / 'cases' / 'floor.toml'}"]
+    command = [*pytest_words(device, path), f"--floor={ROOT / 'cases' / 'floor.toml'}"]
     command += [f"--backend={spec}" for spec in specs]
-    # On a GPU the plugin chooses the number of workers.
-    if importlib.util.find_spec("xdist") and (jobs or device == "cpu"):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Each worker starts with one stretch of the items: those of one case come together, and what is drawn and
-        # computed for it is kept in a process. With --dist=load they would be dealt out in small portions.
-        command += ["--dist=worksteal", "-n", str(jobs or cores)]
+    command += workers(jobs) if jobs or device == "cpu" else []  # on a GPU the plugin chooses their number
     return [*command, str(ROOT / "cases"), *more]
 
 

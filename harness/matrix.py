@@ -11,9 +11,7 @@ A row is run by `python3 -m harness matrix ROW` (harness/commands/matrix.py), in
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import results
+from harness.processes import ROOT, pytest_words, workers
 from harness.results import ResultsError
 
 if sys.version_info >= (3, 11):
@@ -31,7 +30,6 @@ if sys.version_info >= (3, 11):
 else:  # pytest brings it for Python 3.10
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parent.parent
 PATH = ROOT / "matrix.toml"
 DURATIONS = ROOT / "cases" / "durations.toml"
 DEVICES = ("cpu", "cuda", "xpu", "xpu-emulated")
@@ -198,9 +196,7 @@ def jobs(rows: Iterable[Row]) -> dict[str, Any]:
 def pytest_command(row: Row, shard: str, path: Path, more: Iterable[str] = ()) -> list[str]:
     """What runs one shard and appends its verdicts to the results file `path`."""
     device = row.device.removesuffix("-emulated")
-    # "=" in every option: pytest would take a loose path for one to look for its configuration in.
-    command = [sys.executable, "-m", "pytest", "-rN", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
-    command += [f"--device={device}", f"--results={path}"]
+    command = pytest_words(device, path)
     command += [f"--require-device={device}"] if device == row.device else []
     command += ["-m", row.markers] if row.markers else []
     command += [f"--backend={spec}" for spec in row.backends]
@@ -211,10 +207,8 @@ def pytest_command(row: Row, shard: str, path: Path, more: Iterable[str] = ()) -
 
 def spread(row: Row) -> list[str]:
     """On the CPU, a worker process for every core; on a GPU the plugin chooses; what is timed runs alone."""
-    if row.device in ("cuda", "xpu") or "perf" in row.markers or not importlib.util.find_spec("xdist"):
-        return []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ["--dist=worksteal", "-n", str(cores)]  # worksteal: see pytest_command in harness/cli.py
+    alone = row.device in ("cuda", "xpu") or "perf" in row.markers
+    return [] if alone else workers()
 
 
 def variables(row: Row, shard: str) -> dict[str, str]:

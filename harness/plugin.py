@@ -299,11 +299,17 @@ def check(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         pytest.fail("the test never called check(): it proves nothing", pytrace=False)
 
 
-def _check(harness: Harness, asked: Asked, item: pytest.Item, benchmark: Any) -> None:
-    from harness import check as checks
-    from harness.perf.benchmark import timed
-    from harness.perf.compile_time import compiling
+def _verdict(asked: Asked, benchmark: Any) -> Verdict:
+    if benchmark is not None:
+        from harness.perf.benchmark import judged
 
+        return judged(asked, benchmark)
+    from harness import check as checks
+
+    return checks.run(asked.case, asked.backend, asked.device, family=asked.family)
+
+
+def _check(harness: Harness, asked: Asked, item: pytest.Item, benchmark: Any) -> None:
     def found(verdict: Verdict) -> dict[str, Any]:
         verdict.spec = asked.spec
         return verdict.record() | {"environment": _environment(asked.device), "nodeid": item.nodeid}
@@ -313,13 +319,11 @@ def _check(harness: Harness, asked: Asked, item: pytest.Item, benchmark: Any) ->
     hung = found(replace(blank, reason=f"no answer in {seconds:g} s (--case-timeout)", seconds=seconds))
     harness.note(nodeid=item.nodeid, started=time.time(), record=hung)
     lost = ""
-    with time_limit(seconds, lambda: harness.end_process(hung), harness.stderr), compiling() as compiled:
+    with time_limit(seconds, lambda: harness.end_process(hung), harness.stderr):
         try:
-            verdict = checks.run(asked.case, asked.backend, asked.device, family=asked.family)
+            verdict = _verdict(asked, benchmark)
             if verdict.status in ("failed", "crashed"):
                 asked.device.synchronize()  # was it this case's answer, or has the device been lost?
-            elif benchmark and verdict.status != "unsupported":
-                timed(verdict, asked, benchmark, compiled)
         except BackendError as error:
             verdict = replace(blank, status="crashed", reason=str(error))
         except DeviceLost as error:

@@ -16,6 +16,7 @@ from harness import device as devices
 from harness import matrix, summary
 from harness.commands.common import ROOT, Wrong, environment
 from harness.matrix import MatrixError, Row
+from harness.processes import exit_code
 from harness.results import ResultsError
 
 
@@ -108,9 +109,10 @@ def _run(row: Row, args: argparse.Namespace) -> int:
     words = matrix.pytest_command(row, shard, path, args.pytest)
     told = [f"{name}={shlex.quote(value)}" for name, value in matrix.variables(row, shard).items()]
     print(f"moe-harness: {' '.join(told)} {shlex.join(['python3', *words[1:]])}", flush=True)
-    code = subprocess.run(words, env=environment() | matrix.variables(row, shard)).returncode
-    if code < 0:
-        return 128 - code  # a signal, as a shell would say it
+    returned = subprocess.run(words, env=environment() | matrix.variables(row, shard)).returncode
+    code = exit_code(returned)
+    if returned < 0:
+        return code
     if count > 1 or args.pytest:
         print(f"moe-harness: the floor of {row.name} is for all its shards, whole: python3 -m harness summary RESULTS")
         return code
@@ -135,5 +137,4 @@ def _compare(row: Row, base: str, head: str) -> int:
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         words.append(f"--markdown={page}")
     print(f"moe-harness: {shlex.join(['python3', *words[1:]])}", flush=True)
-    code = subprocess.run(words, cwd=ROOT, env=environment() | row.environment).returncode
-    return code if code >= 0 else 128 - code
+    return exit_code(subprocess.run(words, cwd=ROOT, env=environment() | row.environment).returncode)

@@ -10,11 +10,12 @@ import traceback
 from statistics import median
 from typing import Any
 
+from harness import check
 from harness import device as devices
 from harness.backend import BackendError
 from harness.device import Device, DeviceLost
 from harness.perf.clock import NotTimed, Stopwatch
-from harness.perf.compile_time import Compiled
+from harness.perf.compile_time import compiling
 from harness.perf.roofline import ceilings, mean, operand, work
 from harness.problem import Case
 from harness.verdict import Verdict
@@ -28,22 +29,23 @@ def device_clock() -> float:
     return _elapsed
 
 
-def timed(verdict: Verdict, asked: Any, fixture: Any, compiled: Compiled) -> None:
-    """The case (asked: its case, backend and device) has passed: what it takes goes into the verdict.
-
-    compiled: what has been compiled for it, and what will be in here.
-    """
-    try:
-        verdict.perf = run(asked.case, asked.backend, asked.device, fixture)
-        verdict.perf |= {"compile_seconds": compiled.seconds, "kernels_compiled": compiled.kernels}
-    except NotTimed as reason:
-        verdict.status, verdict.reason = "unsupported", str(reason)
-    except (DeviceLost, BackendError):
-        raise
-    except Exception as error:  # right when it was judged, and now this: the verdict, with the whole traceback
-        asked.device.synchronize()
-        verdict.status, verdict.reason = "crashed", f"when timed: {type(error).__name__}: {error}"
-        verdict.report = traceback.format_exc()
+def judged(asked: Any, fixture: Any) -> Verdict:
+    """The verdict on asked.case, on its backend and device; if it has passed, with what it takes."""
+    with compiling() as compiled:
+        verdict = check.run(asked.case, asked.backend, asked.device, family=asked.family)
+        if not verdict.green or verdict.status == "unsupported":
+            return verdict
+        try:
+            verdict.perf = run(asked.case, asked.backend, asked.device, fixture)
+            verdict.perf |= {"compile_seconds": compiled.seconds, "kernels_compiled": compiled.kernels}
+        except NotTimed as reason:
+            verdict.status, verdict.reason = "unsupported", str(reason)
+        except (DeviceLost, BackendError):
+            raise
+        except Exception as error:  # right when it was judged, and now this: the verdict, with the whole traceback
+            verdict.status, verdict.reason = "crashed", f"when timed: {type(error).__name__}: {error}"
+            verdict.report = traceback.format_exc()
+    return verdict
 
 
 def run(case: Case, backend: Any, device: Device, fixture: Any) -> dict[str, Any]:

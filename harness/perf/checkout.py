@@ -62,6 +62,11 @@ def short(commit: str) -> str:
     return commit[:10].ljust(10, "-")
 
 
+def first_line(text: str) -> str:
+    """What fits into a line that is about something else."""
+    return (text.strip().splitlines() or [""])[0]
+
+
 class Checkouts:
     """Worktrees of one repository and workers in them; a context manager.
 

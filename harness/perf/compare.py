@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from harness.perf import statistics
-from harness.perf.checkout import WORKTREE, Checkouts, Worker, WorkerError
+from harness.perf.checkout import WORKTREE, Checkouts, Worker, WorkerError, first_line
 from harness.perf.metrics import METRICS, TARGETS
 from harness.perf.statistics import IMPROVED, LOOKS, ORDERS, REGRESSED, SAME, SIDES, UNDECIDED, Estimate, Levels
 
@@ -153,7 +153,7 @@ def _status(side: Side, question: Question) -> tuple[str, str]:
 
 def _correctness(question: Question, base: tuple[str, str], head: tuple[str, str]) -> Row:
     row = Row(question.case, question.backend, "correct", SAME, base[0], head[0])
-    row.remarks = [f"{s} at {at}: {first(w)}" for (s, w), at in ((base, "BASE"), (head, "HEAD")) if s not in GOOD]
+    row.remarks = [f"{s} at {at}: {first_line(w)}" for (s, w), at in ((base, "BASE"), (head, "HEAD")) if s not in GOOD]
     good = base[0] in GOOD, head[0] in GOOD
     if good == (True, False):
         row.verdict = REGRESSED  # wrong, or no longer there
@@ -182,7 +182,7 @@ def _counted(
             row.verdict = REGRESSED
         rows.append(row)
     remarks = [
-        f"{error.kind} at {at}: {first(error.message)}"
+        f"{error.kind} at {at}: {first_line(error.message)}"
         for at, error in (("BASE", base), ("HEAD", head))
         if isinstance(error, WorkerError)
     ]
@@ -259,7 +259,7 @@ class Trial:
             at = "HEAD" if name == "head" else "BASE"
             self.answer = REGRESSED if at == "HEAD" and self.open else NOT_COMPARED
             self.status[at] = error.kind
-            self.remarks.append(f"{error.kind} at {at}: {first(error.message)}")
+            self.remarks.append(f"{error.kind} at {at}: {first_line(error.message)}")
             return []
 
     def row(self) -> Row:
@@ -336,8 +336,3 @@ def identical(checkouts: Checkouts, base: str, head: str, folder: str) -> bool:
         return None if found.returncode else found.stdout.strip()
 
     return tree(base) is not None and tree(base) == tree(head)
-
-
-def first(message: str) -> str:
-    """The first line."""
-    return message.partition("\n")[0]

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from harness.perf.bisect_log import Log
-from harness.perf.checkout import CannotBuild, Checkouts, Worker, WorkerError
+from harness.perf.checkout import CannotBuild, Checkouts, Worker, WorkerError, first_line
 from harness.perf.metrics import Metric
 
 KEEP = 4  #: workers alive
@@ -192,8 +192,3 @@ class Gauge:
     def _of(self, role: str, reason: Unmeasurable) -> Exception:
         """What is wrong with the reference ends the search; with another commit, it is skipped."""
         return Lost(str(reason)) if role == "reference" else reason
-
-
-def first_line(text: str) -> str:
-    """What fits into a line that is about something else."""
-    return (text.strip().splitlines() or [""])[0]

@@ -70,12 +70,13 @@ class Structure:
         return cls(**record)
 
 
-def measure(case: Case, backend: Any, device: Device) -> Structure:
+def measure(case: Case, backend: Any, device: Device, verdict: Verdict | None = None) -> Structure:
     """One steady-state call, counted, of a case that is judged right first.
 
-    NotCorrect if it is not; NotMeasured if it cannot run here, or no two calls are alike.
+    NotCorrect if it is not; NotMeasured if it cannot run here, or no two calls are alike. verdict: what this process
+    has judged already.
     """
-    verdict = check.run(case, backend, device)
+    verdict = verdict or check.run(case, backend, device)
     if verdict.status == "unsupported":
         raise NotMeasured(verdict.reason)
     if not verdict.green:

@@ -98,19 +98,16 @@ class Desk:
         return self._verdict(case, backend).record()
 
     def on_structure(self, case: str, backend: str, targets: list[str]) -> dict[str, Any]:
-        from harness.perf import compiled, structure
+        from harness.perf import structure
 
-        found = self._backend(backend)
+        verdict = self._verdict(case, backend)
         try:
-            measured = structure.measure(Case.parse(case), found, self.device)
+            measured = structure.measure(Case.parse(case), self._backend(backend), self.device, verdict)
         except structure.NotCorrect as error:
             raise WorkerError("incorrect", str(error)) from error
         except structure.NotMeasured as error:
             raise WorkerError("unsupported", str(error)) from error
-        if targets:
-            measured.compiled = compiled.compile_launches(measured.launches, targets)
-            measured.metrics |= compiled.totals(measured.compiled)
-        return measured.record()
+        return (structure.compile_for(measured, targets) if targets else measured).record()
 
     def on_time(self, case: str, backend: str, metric: str, samples: int) -> dict[str, Any]:
         watch = self._stopwatch(case, backend)
