@@ -1,8 +1,4 @@
-"""harness/perf/statistics.py: whole comparisons simulated with known truth, and its parts against scipy.
-
-The machine simulated: 2 % noise, one sample in twenty 10 % slower, a drift of 3 % over the run with waves in it, and
-processes that are 0.5 % apart for as long as they live.
-"""
+"""harness/perf/statistics.py: whole comparisons simulated with known truth, and its parts against scipy."""
 
 import math
 
@@ -12,44 +8,7 @@ import scipy.stats
 
 from harness.perf import statistics
 from harness.perf.statistics import IMPROVED, LOOKS, ORDERS, REGRESSED, SAME, SIDES, UNDECIDED, Estimate
-
-CASES = 8
-THRESHOLD = 0.01
-BLOCKS, SAMPLES = 2 * len(ORDERS), 3
-
-
-def generation(rng, when, change, apart=0.005, head_apart=1.0):
-    """The blocks of a generation that begins at a time from 0 to 1 of the run, HEAD being slower by `change`."""
-    noise = rng.normal(0, 0.02, (BLOCKS, 3, SAMPLES))
-    noise += np.log(1.1) * (rng.random(noise.shape) < 0.05)
-    process = {side: rng.normal(0, apart * (head_apart if side == "head" else 1)) for side in SIDES}
-    process["head"] += math.log1p(change)
-    blocks = []
-    for number, order in enumerate(ORDERS * (BLOCKS // len(ORDERS))):
-        block = {}
-        for place, side in enumerate(order):
-            now = number + place / 3
-            drift = 0.03 * (when + now / BLOCKS / CASES / LOOKS[-1]) + 0.005 * math.sin(40 * when + now)
-            block[side] = list(100 * np.exp(noise[number, place] + process[side] + drift))
-        blocks.append(block)
-    return blocks
-
-
-def comparison(rng, changes, **machine):
-    """A whole comparison of cases that are slower by `changes`, until all are answered or the last look has been:
-    the answers, and the number of generations of each case."""
-    answers, levels, estimates = [UNDECIDED] * len(changes), [[] for _ in changes], [None] * len(changes)
-    done = 0
-    for look, due in enumerate(LOOKS):
-        for case, change in enumerate(changes):
-            if answers[case] == UNDECIDED:
-                for number in range(done, due):
-                    when = (number + case / len(changes)) / LOOKS[-1]
-                    levels[case].append(statistics.levels(generation(rng, when, change, **machine)))
-                estimates[case] = statistics.estimate(levels[case], look)
-        done = due
-        answers = statistics.judge(estimates, answers, look, THRESHOLD)
-    return answers, [len(found) for found in levels]
+from tests.simulate_compare import CASES, THRESHOLD, comparison, generation
 
 
 # -- what the whole gets wrong, and what it finds ---------------------------------------------------------------------
