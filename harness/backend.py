@@ -42,6 +42,7 @@ UNSUPPORTED = (
 BUILTIN = (
     "kernels.triton.backend:TritonMoE",
     "kernels.triton.backend:TritonAlignedMoE",
+    "kernels.triton.backend:TritonChunkedMoE",
     "kernels.triton.backend:TritonPermuteMoE",
     "kernels.cached:TritonCachedMoE",
     "kernels.grouped:GroupedMM",

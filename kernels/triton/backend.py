@@ -1,5 +1,7 @@
 """The layer as backends of the harness: plain classes that know its protocol, and import nothing from it."""
 
+import dataclasses
+
 from kernels.layer import ACTIVATIONS, DTYPES, FP8, Fp8Scheme
 from kernels.triton.fused_moe import fused_moe, permuted_moe, takes_low_latency_path
 from kernels.triton.permute import MoEPermuteScratch, moe_permute, moe_unpermute
@@ -44,6 +46,7 @@ class TritonMoE:
     interpreted = True
     promises = frozenset({"errors", "no_extra_tensor"})
     path = "auto"
+    max_chunk_tokens: int | None = None
 
     def supports(self, problem) -> str | None:
         """None, or "<keyword>: why not"."""
@@ -65,13 +68,14 @@ class TritonMoE:
         """The roundings between hidden_states and out."""
         return [dict(_STORES_IO, weight="before_store")]
 
-    def prepare(self, problem, layer):
-        """call(hidden_states, topk_weights, topk_ids, out=None); reads the layer at every call."""
+    def prepare(self, problem, layer, config=None):
+        """call(hidden_states, topk_weights, topk_ids, out=None); reads the layer at every call. config: GemmConfig."""
 
         def call(hidden_states, topk_weights, topk_ids, out=None):
             return fused_moe(
-                hidden_states, layer.w13, layer.w2, topk_weights, topk_ids, path=self.path, out=out, **arguments(layer)
-            )
+                hidden_states, layer.w13, layer.w2, topk_weights, topk_ids, path=self.path, out=out, config=config,
+                max_chunk_tokens=self.max_chunk_tokens, **arguments(layer),
+            )  # fmt: skip
 
         return call
 
@@ -103,6 +107,27 @@ class TritonAlignedMoE(TritonMoE):
         return reason
 
 
+class TritonChunkedMoE(TritonMoE):
+    """fused_moe that serves a few tokens at a time, where that makes more than one chunk."""
+
+    name = "triton-chunked"
+    max_chunk_tokens = 16
+
+    def supports(self, problem) -> str | None:
+        """None, or "<keyword>: why not"."""
+        reason = super().supports(problem)
+        if reason is None and problem.quant and problem.quant.activation == "tensor":
+            return "quant: a dynamic per-tensor scale belongs to the whole batch, which is cut here"
+        if reason is None and problem.tokens <= self.max_chunk_tokens:
+            return f"scenario: {problem.tokens} tokens are one chunk, as `triton` serves them already"
+        return reason
+
+    def expected_launches(self, problem) -> tuple[set[str], set[str]]:
+        """As for `triton`, for the first of the chunks: the last may be short enough for the other path."""
+        required, forbidden = super().expected_launches(dataclasses.replace(problem, tokens=self.max_chunk_tokens))
+        return required, forbidden - {"align"}
+
+
 class TritonPermuteMoE(TritonMoE):
     """permuted_moe; its permutation is open to tests of its own."""
 
@@ -125,13 +150,14 @@ class TritonPermuteMoE(TritonMoE):
         )  # fmt: skip
         return MoEPermuteScratch(device=device, **(sizes | kw))
 
-    def prepare(self, problem, layer, scratch=None):
+    def prepare(self, problem, layer, scratch=None, config=None):
         """call(hidden_states, topk_weights, topk_ids, out=None), with the permutation's buffers in `scratch`."""
 
         def call(hidden_states, topk_weights, topk_ids, out=None):
             return permuted_moe(
-                hidden_states, layer.w13, layer.w2, topk_weights, topk_ids, out=out, scratch=scratch, **arguments(layer)
-            )
+                hidden_states, layer.w13, layer.w2, topk_weights, topk_ids, out=out, scratch=scratch, config=config,
+                **arguments(layer),
+            )  # fmt: skip
 
         return call
 

@@ -49,6 +49,7 @@ def fused_moe(
     apply_router_weight_on_input: bool = False,
     layout: str = "nk",
     path: str = "auto",
+    max_chunk_tokens: int | None = None,
     out: torch.Tensor | None = None,
     config: GemmConfig | None = None,
 ) -> torch.Tensor:
@@ -65,6 +66,8 @@ def fused_moe(
     expert_map int32 [num_experts] -> local expert or -1; num_experts defaults to its length, or to E.
     apply_router_weight_on_input (top_k must be 1): weight * hidden_states is the input, instead of weight * the output.
     path: see `takes_low_latency_path`; "low_latency" cannot be forced with an expert_map. config: tiles of both GEMMs.
+    max_chunk_tokens: serve so many tokens at a time, which bounds the memory of the stages between; not with dynamic
+    per-tensor scales, which belong to the whole batch.
     out: [T, K], separate from hidden_states; written and returned.
 
     TypeError for dtypes, ValueError for everything else, before anything is written.
@@ -79,20 +82,34 @@ def fused_moe(
     )  # fmt: skip
     if path == "low_latency" and expert_map is not None:
         raise ValueError("path='low_latency' with an expert_map; valid with one: 'auto', 'aligned'")
+    chunk = _chunk_tokens(hidden_states.shape[0], max_chunk_tokens, layer)
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
     if hidden_states.shape[0] == 0:
         return out
     topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
-    num_tokens, top_k = topk_ids.shape
-    low_latency = path == "low_latency" or (
-        path == "auto" and takes_low_latency_path(num_tokens, top_k, layer.num_experts, expert_map)
-    )
-    slots = _slots(hidden_states, topk_weights, topk_ids, layer, low_latency, config)
-    moe_combine(
-        slots, topk_ids, out, num_experts=layer.num_experts, num_local_experts=layer.num_local_experts,
-        expert_map=expert_map,
-    )  # fmt: skip
+    for first in range(0, hidden_states.shape[0], chunk):
+        part = slice(first, first + chunk)
+        ids = topk_ids[part]
+        low_latency = path == "low_latency" or (
+            path == "auto" and takes_low_latency_path(*ids.shape, layer.num_experts, expert_map)
+        )
+        slots = _slots(hidden_states[part], topk_weights[part], ids, layer, low_latency, config)
+        moe_combine(
+            slots, ids, out[part], num_experts=layer.num_experts, num_local_experts=layer.num_local_experts,
+            expert_map=expert_map,
+        )  # fmt: skip
     return out
+
+
+def _chunk_tokens(num_tokens: int, max_chunk_tokens: int | None, layer: Layer) -> int:
+    """Tokens of a chunk, at least one. ValueError where the batch cannot be cut."""
+    if max_chunk_tokens is None:
+        return max(1, num_tokens)
+    if max_chunk_tokens < 1:
+        raise ValueError(f"max_chunk_tokens={max_chunk_tokens}; valid: None, or 1 or more")
+    if layer.fp8 and layer.fp8.activation == "tensor" and layer.w13.activation_scale is None:
+        raise ValueError(f"max_chunk_tokens={max_chunk_tokens} with dynamic per-tensor scales; valid with them: None")
+    return max_chunk_tokens
 
 
 def permuted_moe(
