@@ -1,0 +1,180 @@
+"""Bugs as data: cases/bugs/*.toml, and a copy of kernels/ in which one of them is put back.
+
+An entry is five lines under its name:
+
+    [align-tail-of-expert-ids-zero]
+    source = "vllm#35161"
+    edit = "triton/align.py:_align_count_kernel"
+    old = "tl.full([BLOCK_PAIRS], -1, tl.int32)"
+    new = "tl.full([BLOCK_PAIRS], 0, tl.int32)"
+    reveals = "layers: ep"
+
+edit is a file under kernels/ and a function, or Class.method, in it (a file alone: anywhere in it). old must occur
+there exactly once; old and new may be lists of the same length, and then so may edit. reveals names the family that
+should notice, and words of the descriptors there that have what it takes. Optional keys: backends, those to ask instead
+of the ones that FOLLOWS gives; cause, what harness/suspects.py should call it; device, the only one that can show it;
+survives, why no case can tell it from the right kernel. In controls.toml the edits are correct variants: none may be
+accused.
+"""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.processes import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pytest brings it for Python 3.10
+    import tomli as tomllib
+
+BUGS, KERNELS = ROOT / "cases" / "bugs", ROOT / "kernels"
+CONTROLS, WAITING = "controls", "waiting"
+#: Which backends run a file of kernels/, the most telling first; the longest prefix counts.
+FOLLOWS = {
+    "triton/": ("triton", "triton-permute", "triton-cached"),
+    "triton/align.py": ("triton", "triton-permute"),
+    "triton/permute.py": ("triton-permute",),
+    "triton/backend.py": ("triton", "triton-permute", "triton-chunked"),
+    "cached.py": ("triton-cached",),
+    "grouped.py": ("grouped-mm",),
+    "layer.py": ("triton", "triton-permute", "triton-cached", "grouped-mm"),
+    "checks.py": ("triton", "triton-permute", "triton-cached", "grouped-mm"),
+}
+REQUIRED = ("source", "edit", "old", "new", "reveals")
+OPTIONAL = ("backends", "cause", "device", "survives")
+
+
+class BugError(Exception):
+    """An entry that is no bug any more, or never was; the message names it and says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One replacement in one function of a file under kernels/."""
+
+    file: str
+    function: str  #: "" for the whole file
+    old: str
+    new: str
+
+    def apply(self, text: str, name: str) -> str:
+        """The file's text after it; BugError unless `old` occurs exactly once where it is looked for."""
+        first, end = _span(text, self.function, f"{name}: edit={self.file}:{self.function}")
+        count = text.count(self.old, first, end)
+        where = f"{self.file}:{self.function}" if self.function else self.file
+        if count != 1:
+            raise BugError(f"{name}: old={self.old!r} occurs {count} times in {where}; it must occur once")
+        place = text.index(self.old, first, end)
+        found = text[:place] + self.new + text[place + len(self.old) :]
+        try:
+            ast.parse(found)
+        except SyntaxError as error:
+            raise BugError(f"{name}: new={self.new!r} makes {where} no Python: {error}") from error
+        return found
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One entry."""
+
+    name: str
+    kind: str  #: the name of its file: the class of bugs, or "controls"
+    source: str
+    edits: tuple[Edit, ...]
+    family: str
+    words: tuple[str, ...]
+    backends: tuple[str, ...]
+    cause: str = ""
+    device: str = ""
+    survives: str = ""
+
+    @property
+    def control(self) -> bool:
+        return self.kind == CONTROLS
+
+    def put_back(self, into: Path) -> Path:
+        """A copy of kernels/ with the bug in it, under the directory `into`, which is returned: a place to import
+        from. BugError if it does not apply."""
+        files = {edit.file: (KERNELS / edit.file).read_text() for edit in self.edits if (KERNELS / edit.file).is_file()}
+        for edit in self.edits:
+            if edit.file not in files:
+                raise BugError(f"{self.name}: edit={edit.file}: no such file under kernels/")
+            files[edit.file] = edit.apply(files[edit.file], self.name)
+        shutil.copytree(KERNELS, into / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        for name, text in files.items():
+            (into / "kernels" / name).write_text(text)
+        return into
+
+
+def read(directory: Path = BUGS) -> dict[str, Bug]:
+    """Every entry by its name, controls included. BugError names the file, the entry and the key that is wrong."""
+    found: dict[str, Bug] = {}
+    for path in sorted(directory.glob("*.toml")):
+        if path.stem == WAITING:
+            continue
+        try:
+            table = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise BugError(f"{path.name}: {error}") from error
+        for name, entry in table.items():
+            if name in found:
+                raise BugError(f"{path.name}: {name}: {found[name].kind}.toml has an entry of that name")
+            found[name] = _bug(path.stem, name, entry)
+    return found
+
+
+def _bug(kind: str, name: str, entry: Any) -> Bug:
+    if not isinstance(entry, dict):
+        raise BugError(f"{kind}.toml: {name}={entry!r}: a table is wanted, with {', '.join(REQUIRED)}")
+    missing = [key for key in REQUIRED if key not in entry]
+    strange = set(entry) - {*REQUIRED, *OPTIONAL}
+    if missing or strange:
+        told = f"missing: {', '.join(missing)}" if missing else f"unknown: {', '.join(sorted(strange))}"
+        raise BugError(f"{kind}.toml: {name}: {told}; keys: {', '.join(REQUIRED)}, and {', '.join(OPTIONAL)}")
+    old, new = _many(entry["old"]), _many(entry["new"])
+    places = _many(entry["edit"])
+    places = places * len(old) if len(places) == 1 else places
+    if not len(places) == len(old) == len(new):
+        raise BugError(f"{kind}.toml: {name}: {len(places)} edit, {len(old)} old, {len(new)} new; as many of each")
+    edits = []
+    for place, was, becomes in zip(places, old, new):
+        file, _, function = place.partition(":")
+        edits.append(Edit(file, function, was, becomes))
+    family, _, words = entry["reveals"].partition(":")
+    backends = tuple(_many(entry.get("backends", list(_followers(edits[0].file)))))
+    return Bug(
+        name, kind, entry["source"], tuple(edits), family.strip(), tuple(words.split()), backends,
+        entry.get("cause", ""), entry.get("device", ""), entry.get("survives", ""),
+    )  # fmt: skip
+
+
+def _followers(file: str) -> tuple[str, ...]:
+    prefixes = [prefix for prefix in FOLLOWS if file.startswith(prefix)]
+    return FOLLOWS[max(prefixes, key=len)] if prefixes else ("triton",)
+
+
+def _many(value: Any) -> list[str]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _span(text: str, function: str, told: str) -> tuple[int, int]:
+    """Where a function, decorators included, begins and ends in a module's text."""
+    if not function:
+        return 0, len(text)
+    body: list[Any] = ast.parse(text).body
+    node: Any = None
+    for part in function.split("."):
+        found = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == part]
+        if not found:
+            raise BugError(f"{told}: there is no {part!r}")
+        node = found[0]
+        body = node.body
+    lines = text.splitlines(keepends=True)
+    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+    return len("".join(lines[: first - 1])), len("".join(lines[: node.end_lineno]))
