@@ -5,6 +5,9 @@ Two ways to find the pairs of a tile of BLOCK_M rows:
     aligned      sorted_token_ids, cut into blocks of one expert each (kernels.triton.align)
     low latency  no sorting: tile m serves pair m alone, and its other rows are idle
 
+A GEMM with few tiles can be split along K (GemmConfig.split_k): every part stores its float32 sums, and a second launch
+of the same kernel adds them up in order, without atomics, and does the epilogue.
+
 Offsets: what grows with the model or the batch (expert * stride, row * stride, first column * stride) is computed in
 int64 once per tile; what stays inside a tile is int32, to save registers.
 """
@@ -42,17 +45,20 @@ def _pairs_of(sorted_token_ids_ptr, pid_m, num_pairs, ALIGNED: tl.constexpr, BLO
 @triton.jit(do_not_specialize=["num_pairs", "num_tiles_m"])
 def _moe_gemm_kernel(
     a_ptr, w_ptr, c_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, router_weight_ptr,
-    sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr,
+    sorted_token_ids_ptr, expert_ids_ptr, num_tokens_post_padded_ptr, partial_ptr,
     num_pairs, num_tiles_m, num_experts, N, K, pairs_per_row,
     stride_am, stride_we, stride_wn, stride_wk, stride_cm,
     stride_asm, stride_ask, stride_wse, stride_wsn, stride_wsk, stride_be, stride_bn,
     ALIGNED: tl.constexpr, A_SCALE: tl.constexpr, W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROUTER_WEIGHT: tl.constexpr, SCALE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
     """A [*, K] rows, W [E, N, K] by strides, C [pairs, N]. See `moe_gemm` for the rest.
 
     A_SCALE none|tensor|token|group, W_SCALE none|tensor|channel|block, ROUTER_WEIGHT none|input|output.
+    PHASE whole; or multiply, which leaves the sums of one of SPLIT_K parts of K in partial [SPLIT_K, pairs, N] float32
+    (the part is program_id(1)), and finish, which goes on from there.
     """
     num_n = tl.cdiv(N, BLOCK_N)
     num_m = num_tiles_m
@@ -93,28 +99,43 @@ def _moe_gemm_kernel(
         w_scale_ptrs = w_scale_base + (first_n + lane_n) // SCALE_BLOCK * stride_wsn
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for first_k in range(0, K, BLOCK_K):
-        k_mask = lane_k < K - first_k
-        # Rows without a pair load zeros, not some other row: what they hold must reach no sum and no NaN check.
-        a = tl.load(a_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=k_mask[:, None] & col_mask[None, :], other=0.0)
-        if W_SCALE != "none" and A_SCALE == "none":
-            w = w.to(a_ptr.dtype.element_ty)  # W8A16: exact, the scale waits for the float32 accumulator
-        if A_SCALE == "group" or W_SCALE == "block":
-            # BLOCK_K divides SCALE_BLOCK, so a tile lies in one group of K.
-            part = tl.dot(a, w, input_precision="ieee")
-            if A_SCALE == "group":
-                part *= tl.load(a_scale_ptrs + first_k // SCALE_BLOCK * stride_ask, mask=row_mask, other=0.0)[:, None]
-            if W_SCALE == "block":
-                part *= tl.load(w_scale_ptrs + first_k // SCALE_BLOCK * stride_wsk, mask=col_mask, other=0.0)[None, :]
-            acc += part
-        elif A_SCALE != "none":
-            # fp8 tensor cores of sm_90 keep few bits while they accumulate: move to float32 registers every tile.
-            acc = tl.dot(a, w, acc, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
-        else:
-            acc = tl.dot(a, w, acc, input_precision="ieee")
-        a_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * stride_wk
+    partial_ptrs = partial_ptr + (pairs * N)[:, None] + (first_n + lane_n)[None, :]
+    of_a_part = num_pairs.to(tl.int64) * N
+    if PHASE == "finish":
+        for part in range(0, SPLIT_K):
+            acc += tl.load(partial_ptrs + part * of_a_part, mask=out_mask, other=0.0)
+    else:
+        start_k = 0
+        if PHASE == "multiply":
+            start_k = tl.program_id(1) * BLOCK_K
+            a_ptrs += start_k
+            w_ptrs += start_k.to(tl.int64) * stride_wk
+        for first_k in range(start_k, K, SPLIT_K * BLOCK_K):
+            k_mask = lane_k < K - first_k
+            # Rows without a pair load zeros, not some other row: what they hold must reach no sum and no NaN check.
+            a = tl.load(a_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=k_mask[:, None] & col_mask[None, :], other=0.0)
+            if W_SCALE != "none" and A_SCALE == "none":
+                w = w.to(a_ptr.dtype.element_ty)  # W8A16: exact, the scale waits for the float32 accumulator
+            if A_SCALE == "group" or W_SCALE == "block":
+                # BLOCK_K divides SCALE_BLOCK, so a tile lies in one group of K.
+                product = tl.dot(a, w, input_precision="ieee")
+                group = first_k // SCALE_BLOCK
+                if A_SCALE == "group":
+                    product *= tl.load(a_scale_ptrs + group * stride_ask, mask=row_mask, other=0.0)[:, None]
+                if W_SCALE == "block":
+                    product *= tl.load(w_scale_ptrs + group * stride_wsk, mask=col_mask, other=0.0)[None, :]
+                acc += product
+            elif A_SCALE != "none":
+                # fp8 tensor cores of sm_90 keep few bits while they accumulate: move to float32 registers every tile.
+                acc = tl.dot(a, w, acc, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
+            else:
+                acc = tl.dot(a, w, acc, input_precision="ieee")
+            a_ptrs += SPLIT_K * BLOCK_K
+            w_ptrs += SPLIT_K * BLOCK_K * stride_wk
+    if PHASE == "multiply":
+        tl.store(partial_ptrs + tl.program_id(1) * of_a_part, acc, mask=out_mask)
+        return
 
     if A_SCALE == "tensor":
         acc *= tl.load(a_scale_ptr)
@@ -136,7 +157,10 @@ def _moe_gemm_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class GemmConfig:
-    """Tile sizes. block_m is also the block size of the alignment; block_k divides 128 where scales vary along K."""
+    """Tile sizes. block_m is also the block size of the alignment; block_k divides 128 where scales vary along K.
+
+    split_k: parts of K that different programs sum, for GEMMs with fewer tiles than the device has processors.
+    """
 
     block_m: int
     block_n: int
@@ -144,6 +168,7 @@ class GemmConfig:
     group_m: int = 8
     num_warps: int = 4
     num_stages: int = 3
+    split_k: int = 1
 
 
 def default_config(num_pairs: int, num_experts: int, dtype: torch.dtype, quantized_weights: bool) -> GemmConfig:
@@ -212,26 +237,32 @@ def moe_gemm(
     num_experts, n, k = w.shape
     aligned = assignment.sorted_token_ids is not None
     tiles_m = assignment.expert_ids.numel()
-    grid = (tiles_m * triton.cdiv(n, config.block_n),)
-    if grid[0] == 0:
+    tiles = tiles_m * triton.cdiv(n, config.block_n)
+    if tiles == 0:
         return
     unused = assignment.expert_ids  # stands for every pointer that this specialization never follows
     ws = (*w_scale.stride(), 0, 0)[:3] if w_scale is not None else (0, 0, 0)
     as_ = (*a_scale.stride(), 0)[:2] if a_scale is not None else (0, 0)
-    _moe_gemm_kernel[grid](
-        a, w, out,
-        unused if a_scale is None else a_scale,
-        unused if w_scale is None else w_scale,
-        unused if bias is None else bias,
-        unused if router_weight is None else router_weight,
-        assignment.sorted_token_ids if aligned else unused,
-        assignment.expert_ids,
-        assignment.num_tokens_post_padded if aligned else unused,
-        assignment.num_pairs, tiles_m, num_experts, n, k, pairs_per_row,
-        a.stride(0), *w.stride(), out.stride(0), *as_, *ws,
-        *(bias.stride() if bias is not None else (0, 0)),
-        ALIGNED=aligned, A_SCALE=a_granularity, W_SCALE=w_granularity, HAS_BIAS=bias is not None,
-        ROUTER_WEIGHT=weight_on, SCALE_BLOCK=SCALE_BLOCK,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    partial, phases = unused, [("whole", 1)]
+    if config.split_k > 1:
+        partial = torch.empty(config.split_k, assignment.num_pairs, n, dtype=torch.float32, device=out.device)
+        phases = [("multiply", config.split_k), ("finish", 1)]
+    for phase, parts in phases:
+        _moe_gemm_kernel[(tiles, parts)](
+            a, w, out,
+            unused if a_scale is None else a_scale,
+            unused if w_scale is None else w_scale,
+            unused if bias is None else bias,
+            unused if router_weight is None else router_weight,
+            assignment.sorted_token_ids if aligned else unused,
+            assignment.expert_ids,
+            assignment.num_tokens_post_padded if aligned else unused,
+            partial,
+            assignment.num_pairs, tiles_m, num_experts, n, k, pairs_per_row,
+            a.stride(0), *w.stride(), out.stride(0), *as_, *ws,
+            *(bias.stride() if bias is not None else (0, 0)),
+            ALIGNED=aligned, A_SCALE=a_granularity, W_SCALE=w_granularity, HAS_BIAS=bias is not None,
+            ROUTER_WEIGHT=weight_on, SCALE_BLOCK=SCALE_BLOCK,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+            SPLIT_K=config.split_k, PHASE=phase, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
