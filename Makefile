@@ -1,8 +1,10 @@
-# make verify   the battery, on every device that is here      make test    the project's own tests
-# make lint     ruff and mypy                                  make structure   what each call does, counted, and its
-# make clean    remove what these made, but for results                         machine code, against cases/structure.toml
+# make verify   the battery, on every device that is here
+# make test     the project's own tests                       make lint   ruff and mypy
+# make structure  what each call does, counted, and its machine code, against cases/structure.toml
+# make mutants  a part of the known bugs, put back into the kernels: is each noticed, and nobody else accused?
+# make clean    remove what these made, but for results
 #
-# The first of them installs into $(VENV). PYTHON=... chooses another Python. SYSTEM=1 takes torch and all else that this
+# The first that is made installs into $(VENV). PYTHON=... chooses another Python. SYSTEM=1 takes torch and all else that this
 # Python has installed already, whatever its version (a GPU machine's own torch, say): the pinned versions are then left.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/moe-harness-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
 
-.PHONY: verify test lint structure clean
+.PHONY: verify test lint structure mutants clean
 
 verify: $(STAMP)
 	@$(BIN)/python -m harness verify
@@ -27,6 +29,9 @@ lint: $(STAMP)
 
 structure: $(STAMP)
 	@$(BIN)/python -m harness structure
+
+mutants: $(STAMP)
+	@$(BIN)/python -m harness mutate --part
 
 # The stamp is written last: an installation that was interrupted is taken up again.
 $(STAMP): pyproject.toml setup.py constraints.txt

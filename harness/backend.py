@@ -12,7 +12,14 @@ and, if it wants,
     supports(problem)     None, or "<keyword>: reason" with a keyword of UNSUPPORTED
     plans(problem)        its rounding plans, a list of dicts (reference/plan.py); undeclared: usual ones are tried
     interpreted           True for Triton kernels: on the CPU they need Triton's interpreter
+    deterministic         False: repeated calls may differ in bits
+    batch_invariant       True: a token's row has the same bits in every batch; "configured": under any one of its
+                          configurations
+    configurations(problem)      tile configurations, a dict from names to keyword options of prepare(): all are checked
+    nan_safe              False: what nobody asks for is multiplied by zero, so that NaN there reaches the output
     expected_launches(problem)   (required, forbidden): sets of substrings of kernel names, checked against the trace
+    route(logits, top_k, method, **options)   the router: (topk_weights, topk_ids), asked by harness/routes.py
+    align(topk_ids, block_size, num_experts, **options)   pairs sorted by expert, asked by harness/alignment.py
 
 No import from here is needed. prepare() gets the layer's tensors on the device (`Layer`): it may keep the layer, not
 the tensors, because scenarios replace them between calls.

@@ -2,7 +2,8 @@
 
 A module in cases/ holds `FAMILY`, a name, and `ROWS`, a dict from a descriptor to the reason why that row exists. A
 descriptor without a fill stands for two Cases, exact (where an exact fill exists) and random; one with a scenario for
-one only, exact if it can be. `CPU_ROWS` and `GPU_ROWS` are rows for one kind of device alone.
+one only, exact if it can be. `CPU_ROWS` and `GPU_ROWS` are rows for one kind of device alone. `STAGE`, if there is one,
+names the only attribute of a backend that the family asks about: a stage, and not the layer's output.
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ def rows(module: ModuleType, device: Device) -> list[Row]:
 def questions() -> list[ModuleType]:
     """The families that every run asks: all but the one that is timed."""
     return [m for m in families() if m.FAMILY != TIMED]
+
+
+def layer_questions() -> list[ModuleType]:
+    """Those of them that judge the output of the layer."""
+    return [m for m in questions() if not hasattr(m, "STAGE")]
 
 
 def families() -> list[ModuleType]:

@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from harness import backend as backends
-from harness import error_map, explain, inputs, scenario
+from harness import diagnosis, fence, inputs, scenario
 from harness.backend import Layer
 from harness.device import Device, DeviceLost
 from harness.exact import inexact
@@ -33,7 +33,8 @@ from harness.inputs import Inputs
 from harness.judge import Judgement, judge, judge_exact
 from harness.problem import Case, Problem
 from harness.scenario import Failed, Unsupported
-from harness.trace import Trace, Tracing, poison_, raw
+from harness.suspects import Past
+from harness.trace import Trace, Tracing, raw
 from harness.verdict import Verdict
 from reference.formats import decode
 from reference.moe import local_experts
@@ -41,6 +42,8 @@ from reference.plan import RoundingPlan, parse_plan, undeclared_plans
 
 ONE_AT_A_TIME = 4 * 2**30  #: bytes of weights from which only one process of a run may hold a layer
 WHOLE = 256 * 2**20  #: bytes of weights from which a layer is drawn, and the oracle computed, on the GPU
+#: Whoever wants to see every output that is judged, with its inputs and the judgement (harness/mutate/rules.py).
+WATCHERS: list[Callable[[Tensor, Inputs, Judgement], None]] = []
 
 
 def run(case: Case, backend: Any, device: Device, family: str = "") -> Verdict:
@@ -69,7 +72,7 @@ def _run(case: Case, backend: Any, device: Device, family: str) -> Verdict:
         verdict.status, verdict.reason = "unsupported", str(reason)
     except Failed as failure:
         verdict.status, verdict.reason, verdict.report = "failed", failure.summary, failure.report
-        verdict.error_map = failure.error_map
+        verdict.error_map, verdict.cause, verdict.stage = failure.error_map, failure.cause, failure.stage
     except (DeviceLost, backends.BackendError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a kernel raises is its verdict, with the whole traceback
@@ -89,7 +92,7 @@ def _run(case: Case, backend: Any, device: Device, family: str) -> Verdict:
 def _room(problem: Problem, device: Device) -> Iterator[None]:
     """Whole-size layers share the device with other processes of the run: none keeps more than the layer it is at, and
     the largest are tested by one process at a time."""
-    size = weight_bytes(problem)
+    size = weight_bytes(problem) + batch_bytes(problem)
     if device.torch.type == "cpu" or size < WHOLE:
         yield
         return
@@ -126,7 +129,7 @@ def why_not(case: Case, backend: Any, device: Device) -> str | None:
 
 
 def _no_room(problem: Problem, device: Device) -> str | None:
-    needed, room = 3 * weight_bytes(problem), device.memory_bytes()
+    needed, room = 3 * weight_bytes(problem) + batch_bytes(problem), device.memory_bytes()
     if needed <= room:
         return None
     return f"memory: needs about {needed / 2**30:.0f} GiB, {room / 2**30:.0f} GiB are free"
@@ -138,6 +141,13 @@ def weight_bytes(problem: Problem) -> int:
     return (problem.local_experts + problem.shared_experts) * rows * problem.hidden_size * size
 
 
+def batch_bytes(problem: Problem) -> int:
+    """What a call's batch takes: its inputs and output with their copies, and the stages of its pairs."""
+    pairs, stages = problem.tokens * problem.top_k, problem.w13_rows + 2 * problem.intermediate_size
+    elements = 4 * problem.tokens * problem.hidden_size + pairs * (3 * problem.hidden_size + stages)
+    return elements * inputs.TORCH_DTYPE[problem.dtype].itemsize
+
+
 class Session:
     """One backend under one case. Every `check` judges one call; the first that fails ends the case."""
 
@@ -146,6 +156,8 @@ class Session:
         self.judgements: list[Judgement] = []
         self.doubts: list[str] = []
         self.traces: list[Trace] = []
+        self.past: Past = []
+        self.widest_offset: int | None = None  #: elements that a 32-bit offset must not reach (harness/sanitizer.py)
 
     # -- what scenarios use -------------------------------------------------------------------------------------------
     def draw(self, **changes: Any) -> Inputs:
@@ -165,15 +177,19 @@ class Session:
         """Call and judge; returns the output. Failed, with a report, if anything is wrong."""
         out, trace = self.call(call, given, what)
         self.traces.append(trace)
-        self.accept(out, given, what)
+        self.accept(out, given, what, call)
         return out
 
-    def accept(self, out: Tensor, given: Inputs, what: str = "") -> None:
-        """Judge an output that a scenario got by itself."""
+    def accept(self, out: Tensor, given: Inputs, what: str = "", call: Callable[..., Tensor] | None = None) -> None:
+        """Judge an output that a scenario got by itself. call: what can be called again, to see its stages."""
         judgement = self.judged(out, given)
         self.judgements.append(judgement)
+        for watch in WATCHERS:
+            watch(out, given, judgement)
         if not judgement.passed:
-            raise Failed(*explain.explain(judgement, given, what), error_map.of(judgement, given))
+            plans = self.plans(given.case.problem)
+            raise diagnosis.failure(self.backend, plans, judgement, given, what, call, self.past)
+        self.past = diagnosis.remember(self.past, given, judgement)
         if doubt := _doubt(judgement, given):
             self.doubts.append(doubt)
 
@@ -188,30 +204,40 @@ class Session:
 
     # -- one call -----------------------------------------------------------------------------------------------------
     def call(self, call: Callable[..., Tensor], given: Inputs, what: str = "") -> tuple[Tensor, Trace]:
-        """One call into poisoned, fenced memory. Inputs and weights must be what they were."""
+        """One call into poisoned, fenced memory, from fenced inputs. Inputs and weights must be what they were."""
         where = f" ({what})" if what else ""
+        handed = {name: t if fence.fences(t) else fence.keep(t) for name, t in given.arguments().items()}
         x = given.hidden_states
         tracing = Tracing()
         out = tracing.trace.fenced(torch.empty(x.shape, dtype=x.dtype, device=x.device), "out")
-        before = [t.clone() for t in (x, given.topk_weights, given.topk_ids)]
+        for name, tensor in {**handed, **given.handed.tensors()}.items():
+            tracing.trace.watch(tensor, name)
+        before = {name: t.clone() for name, t in handed.items()}
         digests = {name: digest(t) for name, t in given.handed.tensors().items()}
         keywords = {"out": out} if takes_out(call) else {}
-        with tracing as trace:
-            result = call(x, given.topk_weights, given.topk_ids, **keywords)
+        with self._guarding(tracing.trace) as faults, tracing as trace:
+            result = call(*handed.values(), **keywords)
         self.device.synchronize()
+        self.require(not faults, f"{'; '.join(map(str, faults))}{where}")
         self.require(isinstance(result, Tensor), f"returned {type(result).__name__}, not a tensor{where}")
         shape = f"{tuple(result.shape)} {result.dtype} on {result.device}"
         wanted = f"{tuple(x.shape)} {x.dtype} on {x.device}"
         self.require(shape == wanted, f"returned {shape}; it must be {wanted}{where}")
         overrun = trace.overrun()
         self.require(not overrun, f"wrote outside of {overrun}: a canary next to it changed{where}")
-        for name, old, new in zip(
-            ("hidden_states", "topk_weights", "topk_ids"), before, (x, given.topk_weights, given.topk_ids)
-        ):
-            self.require(same_bits(old, new), f"{name} was changed by the call{where}")
+        for name, old in before.items():
+            self.require(same_bits(old, handed[name]), f"{name} was changed by the call{where}")
         changed = [name for name, t in given.handed.tensors().items() if digest(t) != digests[name]]
         self.require(not changed, f"the layer's {', '.join(changed)} was changed by the call{where}")
         return result, trace
+
+    def _guarding(self, trace: Trace) -> AbstractContextManager[list[Any]]:
+        """What interpreted kernels do to memory while it is open: the faults that are found."""
+        if not (getattr(self.backend, "interpreted", False) and self.device.interprets_triton):
+            return nullcontext([])
+        from harness import sanitizer
+
+        return sanitizer.guarding(trace, self.widest_offset)
 
     def judged(self, out: Tensor, given: Inputs) -> Judgement:
         """The judgement of one output, under the admissible plan that fits best."""
@@ -297,26 +323,17 @@ def _drawn(case: Case, place: torch.device, device: torch.device) -> Inputs:
 
 def _moved(drawn: Inputs, device: torch.device) -> Inputs:
     """The same inputs on another device. Strides are kept: padding between rows is part of the question."""
-
-    def move(t: Tensor) -> Tensor:
-        if t.is_contiguous():
-            return t.to(device)
-        whole = torch.empty_strided((t.shape[0], t.stride(0)), (t.stride(0), 1), dtype=t.dtype, device=device)
-        poison_(whole)
-        return whole[:, : t.shape[1]].copy_(t)
-
-    def layer(old: Layer) -> Layer:
-        return Layer(old.problem, **{name: t.to(device) for name, t in old.tensors().items()})
-
-    return Inputs(
-        drawn.case, move(drawn.hidden_states), drawn.topk_weights.to(device), drawn.topk_ids.to(device),
-        layer(drawn.layer), layer(drawn.handed),
-    )  # fmt: skip
+    arguments = {name: fence.keep(t, device) for name, t in drawn.arguments().items()}
+    return replace(drawn, **arguments, layer=_kept(drawn.layer, device), handed=_kept(drawn.handed, device))
 
 
 def _with_own_layer(drawn: Inputs) -> Inputs:
-    handed = Layer(drawn.handed.problem, **{name: t.clone() for name, t in drawn.handed.tensors().items()})
-    return Inputs(drawn.case, drawn.hidden_states, drawn.topk_weights, drawn.topk_ids, drawn.layer, handed)
+    return replace(drawn, handed=_kept(drawn.handed))
+
+
+def _kept(layer: Layer, device: torch.device | None = None) -> Layer:
+    """A fenced copy of a layer, on its device or another."""
+    return Layer(layer.problem, **{name: fence.keep(t, device) for name, t in layer.tensors().items()})
 
 
 def takes_out(call: Callable[..., Any]) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from harness.inputs import Inputs
 from harness.judge import Judgement
+from harness.suspects import Naming
 from reference.moe import local_experts
 
 TILES = (128, 64, 32, 16)
@@ -35,8 +36,10 @@ class Where:
     expert: Tensor  #: [T, k] local expert of every slot, -1 if not served here
 
 
-def explain(judgement: Judgement, given: Inputs, what: str = "") -> tuple[str, str]:
-    """(one line, the whole report)."""
+def explain(
+    judgement: Judgement, given: Inputs, what: str = "", naming: Naming | None = None, stage: str = ""
+) -> tuple[str, str]:
+    """(one line, the whole report). naming: what the output is like; stage: what is said of the stages."""
     assert judgement.wrong is not None and judgement.got is not None and judgement.expected is not None
     wrong = judgement.wrong.cpu()
     problem = given.case.problem
@@ -51,7 +54,9 @@ def explain(judgement: Judgement, given: Inputs, what: str = "") -> tuple[str, s
     else:
         used = _share(judgement.budgets[judgement.worst])
         summary = f"{judgement.worst} ({STATISTICS[judgement.worst]}) is {used} its budget"
-    if patterns:
+    if naming and naming.cause:
+        summary += f": {naming}"
+    elif patterns:
         summary += f": {patterns[0]}"
     if what:
         summary = f"{what}: {summary}"
@@ -66,10 +71,12 @@ def explain(judgement: Judgement, given: Inputs, what: str = "") -> tuple[str, s
         f"  wrong         {_count(wrong)}; {_count(where.rows)} tokens; {_count(where.columns)} columns",
     ]
     lines += [f"  note          {note}" for note in judgement.notes[:SHOWN]]
+    lines += naming.lines() if naming else []
+    lines += [f"  stage         {stage}"] if stage else []
     lines += [f"  pattern       {pattern}" for pattern in patterns]
     if where.rows.any():
-        lines.append(f"  tokens        {_runs(where.rows)}")
-        lines.append(f"  columns       {_runs(where.columns)}")
+        lines.append(f"  tokens        {runs(where.rows)}")
+        lines.append(f"  columns       {runs(where.columns)}")
         lines.append(f"  experts       {_by_expert(where)}")
         lines += _worst(judgement, where)
     return summary, "\n".join(lines)
@@ -87,7 +94,7 @@ def _count(mask: Tensor) -> str:
     return f"{int(mask.sum())} of {mask.numel()} ({float(mask.double().mean()):.1%})" if mask.numel() else "0 of 0"
 
 
-def _runs(mask: Tensor) -> str:
+def runs(mask: Tensor) -> str:
     """True positions as ranges: "0-15, 32, 40-47, ..."."""
     places = torch.nonzero(mask).flatten().tolist()
     runs: list[list[int]] = []

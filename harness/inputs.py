@@ -1,6 +1,7 @@
 """The tensors of a Case: hidden_states, router weights and ids, and the layer. Deterministic in the descriptor.
 
 Every tensor is drawn on `device` from a seeded generator of its own, expert by expert, so that whole-size layers fit.
+Every tensor lies between fences (harness/fence.py): a kernel that reads beyond one computes NaN.
 fp8 weights are drawn as codes and scales: no quantizer takes part, and every granule has a scale of its own.
 """
 
@@ -14,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from harness import exact
+from harness import exact, fence
 from harness.backend import Layer
 from harness.problem import BLOCK, Case, Problem
 
@@ -39,6 +40,10 @@ class Inputs:
     handed: Layer
     variant: str = ""  #: set by whoever changes a tensor: the expected result is remembered by case and variant
 
+    def arguments(self) -> dict[str, Tensor]:
+        """What the call is given besides the layer, by name, in order."""
+        return {name: getattr(self, name) for name in ("hidden_states", "topk_weights", "topk_ids")}
+
 
 def draw(case: Case, device: torch.device = CPU) -> Inputs:
     """The Case's tensors. Layers are shared between calls: a scenario that writes to one must clone it first."""
@@ -61,7 +66,8 @@ def draw(case: Case, device: torch.device = CPU) -> Inputs:
         room[:, : problem.hidden_size] = x
         x = room[:, : problem.hidden_size]
     return Inputs(
-        case, x, topk_weights, topk_ids, replace(layer, problem=problem), replace(handed, problem=problem)
+        case, fence.keep(x), fence.keep(topk_weights), fence.keep(topk_ids), replace(layer, problem=problem),
+        replace(handed, problem=problem),
     )  # fmt: skip
 
 
@@ -76,17 +82,19 @@ def _generator(case: Case, purpose: str, device: torch.device) -> torch.Generato
 
 
 def _extreme_rows(problem: Problem, x: Tensor) -> Tensor:
-    """Rows at the edges of the format, in turn: as drawn, zero, tiny, large, one outlier, a common sign, NaN."""
-    kind = torch.arange(len(x), device=x.device) % 7
+    """Rows at the edges of the format, in turn: as drawn, NaN in the first column (which whoever reads past the end of
+    the row before meets), large, zero, tiny, one outlier, a common sign, NaN in the last column."""
+    kind = torch.arange(len(x), device=x.device) % 8
     tiny = 2.0**-9 if problem.dtype == "fp16" else 2.0**-20
-    x[kind == 1] = 0
-    x[kind == 2] *= tiny
-    x[kind == 3] *= 12
-    x[kind == 4, problem.hidden_size // 2] = 96
-    x[kind == 5] += 2
+    x[kind == 2] *= 12
+    x[kind == 3] = 0
+    x[kind == 4] *= tiny
+    x[kind == 5, problem.hidden_size // 2] = 96
+    x[kind == 6] += 2
     # One NaN would make a dynamic scale over all rows NaN: what then happens to the others is nobody's contract.
     if not (problem.quant and problem.quant.activation == "tensor"):
-        x[kind == 6, problem.hidden_size - 1] = math.nan
+        x[kind == 1, 0] = math.nan
+        x[kind == 7, problem.hidden_size - 1] = math.nan
     return x
 
 
@@ -147,9 +155,9 @@ def _layer(problem: Problem, fill: str, seed: int, rng: torch.Generator) -> Laye
         "w2": (problem.hidden_size, problem.intermediate_size),
     }
     stored = TORCH_DTYPE[quant.weight_format] if quant else io
-    weights = {name: torch.empty(experts, *shape, dtype=stored, device=device) for name, shape in shapes.items()}
-    scales = {name: _scales(problem, fill, experts, shape, rng) for name, shape in shapes.items()} if quant else {}
-    biases = {name: torch.zeros(experts, shape[0], dtype=io, device=device) for name, shape in shapes.items()}
+    weights = {name: fence.empty(experts, *shape, dtype=stored, device=device) for name, shape in shapes.items()}
+    scales = {n: fence.keep(_scales(problem, fill, experts, s, rng)) for n, s in shapes.items()} if quant else {}
+    biases = {name: fence.empty(experts, s[0], dtype=io, device=device).zero_() for name, s in shapes.items()}
     s = exact.structure(problem, seed, device) if fill == "exact" else None
     for e in range(experts):
         if s is not None:
@@ -173,11 +181,12 @@ def _layer(problem: Problem, fill: str, seed: int, rng: torch.Generator) -> Laye
     if quant and quant.activation == "tensor_static":
         # Random: 0.7 of what is needed, so that some values saturate.
         pair = exact.static_scales(problem) if fill == "exact" else (0.7 * 4.5 / 448, 0.7 * 9 / 448)
-        static = {f"{n}_scale": torch.tensor([v], device=device) for n, v in zip(("a13", "a2"), pair)}
+        static = {f"{n}_scale": fence.keep(torch.tensor([v], device=device)) for n, v in zip(("a13", "a2"), pair)}
+    places = expert_map(problem, device)
     return Layer(
         problem, weights["w13"], weights["w2"], scales.get("w13"), scales.get("w2"),
         biases["w13"] if problem.bias else None, biases["w2"] if problem.bias else None,
-        **static, expert_map=expert_map(problem, device),
+        **static, expert_map=places if places is None else fence.keep(places),
     )  # fmt: skip
 
 
@@ -212,7 +221,9 @@ def in_layout(layer: Layer, layout: str) -> Layer:
         return replace(layer)
 
     def flip(t):
-        return t.transpose(-1, -2).contiguous() if t is not None and t.dim() == 3 else t
+        if t is None or t.dim() != 3:
+            return t
+        return fence.empty(*t.transpose(-1, -2).shape, dtype=t.dtype, device=t.device).copy_(t.transpose(-1, -2))
 
     return replace(
         layer, w13=flip(layer.w13), w2=flip(layer.w2), w13_scale=flip(layer.w13_scale), w2_scale=flip(layer.w2_scale)

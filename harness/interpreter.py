@@ -8,6 +8,7 @@ happens in a few methods of one class, which `enable` replaces:
     conversions      exact to float32, then rounded once to nearest even (ml_dtypes); fp8 saturates, see `encode`
     tl.dot           operands exact in float32, products summed in float32
     bf16 operators   computed in float32, rounded to bf16, which is what a GPU does
+    masked loads     lanes that are masked off, and have no `other`, are NaN or a large number: on a GPU, undefined
     launches         one at a time: the interpreter keeps the position in the grid in one global place
 
 Kernels know nothing of this module.
@@ -54,6 +55,7 @@ def enable() -> None:
 
     tl = triton.language
     _mend_arithmetic(interpreter)
+    _mend_loads(interpreter)
     _mend_speed(interpreter)
     _one_launch_at_a_time(interpreter.GridExecutor)
     _enabled = True
@@ -159,6 +161,30 @@ def _through_float32(operator, handle):
         return handle(result, tl.int1) if result.dtype == bool else handle(encode(result, dtype), dtype)
 
     return wrapped
+
+
+#: By element size: an integer type, and the bits of what nobody defined, NaN in every floating format of that size.
+_UNDEFINED = {1: (np.uint8, 0x7F), 2: (np.uint16, 0x7FFD), 4: (np.uint32, 0x7FFDA5A5), 8: (np.uint64, 0x7FFDA5A57FFDA5A5)}
+
+
+def undefined(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """What lanes that are not loaded hold: NaN, or a large number, in an interpreter array of this numpy type."""
+    kind, bits = _UNDEFINED[dtype.itemsize]
+    return np.full(shape, bits, kind).view(dtype) if dtype != bool else np.ones(shape, bool)
+
+
+def _mend_loads(interpreter) -> None:
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    load_as_shipped = builder.create_masked_load
+
+    def create_masked_load(self, ptrs, mask, other, *rest):
+        # Shipped: zeros, which no GPU promises.
+        if other is None and not mask.data.all():
+            element = ptrs.get_element_ty()
+            other = handle(undefined(ptrs.data.shape, interpreter._get_np_dtype(element)), element)
+        return load_as_shipped(self, ptrs, mask, other, *rest)
+
+    builder.create_masked_load = create_masked_load
 
 
 def _mend_speed(interpreter) -> None:

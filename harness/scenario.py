@@ -29,6 +29,10 @@ PROMISES = {
     "errors": "bad arguments raise an error that names them, and nothing is written",
     "no_extra_tensor": "router weight on input allocates nothing more than router weight on output",
     "steady_scratch": "with a scratch object, permuting allocates nothing",
+    "best_first": "route() gives a token's experts best first, and of equal ones the smaller id",
+    "small_sigmoids": "route() computes sigmoids to float32's relative precision, however small they are",
+    "no_wait": "a steady call reads nothing back from the device, and never waits for it",
+    "graph": "a call can be captured in a graph, and replayed after inputs and weights changed in place",
     "one_build": "however many threads race the first call, one instance is built (call.instance.builds == 1)",
 }
 
@@ -38,11 +42,15 @@ class Unsupported(Exception):
 
 
 class Failed(Exception):
-    """The case failed: one line, the whole report, and of a judged output where it is off (harness/error_map.py)."""
+    """The case failed: one line, the whole report; of a judged output where it is off (harness/error_map.py) and, where
+    they are known, the mistake that it looks like and the stage that makes it (harness/diagnosis.py)."""
 
-    def __init__(self, summary: str, report: str, error_map: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, summary: str, report: str, error_map: dict[str, Any] | None = None, cause: str = "", stage: str = ""
+    ) -> None:
         super().__init__(summary)
         self.summary, self.report, self.error_map = summary, report, error_map or {}
+        self.cause, self.stage = cause, stage
 
 
 SCENARIOS: dict[str, Callable[[Session], None]] = {}
@@ -59,7 +67,7 @@ def scenario(name: str) -> Callable:
 
 def play(session: Session) -> None:
     """Run the case's scenario; ValueError names the scenarios there are."""
-    from harness import errors, scratch, swaps  # noqa: F401  they register themselves
+    from harness import alignment, arguments, configurations, errors, memory, relations, routes, scratch, sequences, swaps  # noqa: F401
 
     name = session.case.scenario
     if name not in SCENARIOS:

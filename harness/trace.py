@@ -2,8 +2,8 @@
 
 A torch dispatch mode sees every operator of the calling thread, whoever wrote the backend. While it is active, memory
 that would come back uninitialised (torch.empty and its kin) is filled with NaN, or with a large number for integers, so
-that a kernel that reads what nobody wrote cannot be right by luck. It also lies between canaries: whoever writes past
-the end of a workspace is seen.
+that a kernel that reads what nobody wrote cannot be right by luck. It also lies between fences (harness/fence.py):
+whoever reads past the end of a workspace computes NaN, and whoever writes there is seen.
 """
 
 from __future__ import annotations
@@ -16,24 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harness import fence
+from harness.fence import poison_
 from harness.launches import Launch, inside, watching
 
-POISON_INT = {1: 0x7B, 2: 0x7BCD, 4: 0x7BCDEF01, 8: 0x7BCDEF01}
 _EMPTY = ("empty.memory_format", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
-
-
-def poison_(tensor: Tensor) -> Tensor:
-    """Overwrite with NaN (floating formats, all bits of the fp8 code set) or with a large number (integers)."""
-    if tensor.dtype.is_floating_point:
-        if tensor.element_size() == 1:
-            tensor.view(torch.uint8).fill_(0x7F)  # NaN in e4m3fn and in e5m2
-        else:
-            tensor.fill_(float("nan"))
-    elif tensor.dtype == torch.bool:
-        tensor.fill_(True)
-    elif not tensor.dtype.is_complex:
-        tensor.fill_(POISON_INT[tensor.element_size()])
-    return tensor
 
 
 def raw(tensor: Tensor) -> Tensor:
@@ -51,10 +38,6 @@ class Allocation:
     nbytes: int
 
 
-FENCE = 512  #: elements of canary before and behind each workspace: a multiple of every alignment that kernels ask for
-CANARY = 0xA5  #: its bytes
-
-
 @dataclass
 class Trace:
     """Everything one call did, in order."""
@@ -62,7 +45,7 @@ class Trace:
     launched: list[Launch] = field(default_factory=list)  #: Triton kernels
     ops: list[str] = field(default_factory=list)  #: torch operators
     allocations: list[Allocation] = field(default_factory=list)
-    fences: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)  #: (what, bytes before, bytes behind)
+    fences: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)  #: (what, before, behind)
 
     @property
     def launches(self) -> list[str]:
@@ -70,22 +53,21 @@ class Trace:
         return [launch.name for launch in self.launched]
 
     def fenced(self, like: Tensor, what: str) -> Tensor:
-        """Poisoned memory of like's shape, strides, dtype and device, between canaries that `overrun` looks at."""
-        reach = ((size - 1) * stride for size, stride in zip(like.shape, like.stride()))
-        span = 1 + sum(reach) if like.numel() else 0
-        room = torch.empty(span + 2 * FENCE, dtype=like.dtype, device=like.device)
-        before, behind = (end.view(torch.uint8).fill_(CANARY) for end in (room[:FENCE], room[FENCE + span :]))
-        self.fences.append((what, before, behind))
-        return poison_(room.as_strided(like.shape, like.stride(), FENCE))
+        """Poisoned memory of like's shape, strides, dtype and device, between fences that `overrun` looks at."""
+        made = fence.fenced(like)
+        self.watch(made, what)
+        return poison_(made)
+
+    def watch(self, tensor: Tensor, what: str) -> None:
+        """Have `overrun` look at this tensor's fences too, if it has any."""
+        if ends := fence.fences(tensor):
+            self.fences.append((what, *ends))
 
     def overrun(self) -> str:
         """What was written past its ends, or ""."""
-        ends: dict[torch.device, list[Tensor]] = {}
-        for _, before, behind in self.fences:
-            ends.setdefault(before.device, []).extend((before, behind))
-        if all(bool((torch.cat(on) == CANARY).all()) for on in ends.values()):  # one wait for a device, not one a fence
+        if fence.intact([end for _, *ends in self.fences for end in ends]):
             return ""
-        return ", ".join(name for name, *both in self.fences if any(bool((t != CANARY).any()) for t in both))
+        return ", ".join(what for what, *ends in self.fences if not fence.intact(ends))
 
     @property
     def allocated_bytes(self) -> int:

@@ -32,6 +32,8 @@ class Verdict:
     trace: dict[str, Any] = field(default_factory=dict)
     perf: dict[str, Any] = field(default_factory=dict)  #: what was timed after the case had passed (perf/benchmark.py)
     error_map: dict[str, Any] = field(default_factory=dict)  #: of a failed call (harness/error_map.py)
+    cause: str = ""  #: the mistake that a failed call's output looks like (harness/suspects.py)
+    stage: str = ""  #: the first of its stages that is wrong by itself (harness/localise.py)
     spec: str = ""  #: how --backend named the backend: a name, or package.module:object
 
     def __post_init__(self) -> None:

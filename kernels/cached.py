@@ -210,7 +210,7 @@ class TritonCachedMoE:
     name = "triton-cached"
     devices = {"cpu", "cuda", "xpu"}
     interpreted = True  # on the CPU only through Triton's interpreter
-    promises = {"errors", "no_extra_tensor", "one_build"}
+    promises = {"errors", "no_extra_tensor", "one_build", "no_wait", "graph"}
     xpu_contract = True  # what an XPU engine keeps: run, emulated, where there is no XPU
 
     def available(self) -> str | None:

@@ -59,7 +59,7 @@ class GroupedMM:
 
     name = "grouped-mm"
     devices = {"cpu", "cuda", "xpu"}
-    promises = {"errors"}
+    promises = {"errors", "no_wait", "graph"}
 
     def available(self) -> str | None:
         """None, or why this torch cannot run it."""

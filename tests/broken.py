@@ -152,11 +152,11 @@ def main() -> None:
     from harness.device import Device, start
 
     start({"cpu"})
-    from harness.battery import questions
+    from harness.battery import layer_questions
     from kernels.triton.backend import TritonPermuteMoE
     from tests.emulated import Emulated
 
-    names = [m.FAMILY for m in questions()]
+    names = [m.FAMILY for m in layer_questions()]
     table = {}
     for name in names:
         # Scratch objects and refusals need a backend that has them; for the rest plain torch does, and is faster.

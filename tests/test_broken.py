@@ -1,8 +1,8 @@
-"""Every deliberately broken backend must be noticed in every family of cases."""
+"""Every deliberately broken backend must be noticed in every family of cases that judges the layer."""
 
 import pytest
 
-from harness.battery import questions, rows
+from harness.battery import layer_questions, rows
 from harness.check import run, why_not
 from harness.device import Device
 from tests.broken import FAULTS, Broken
@@ -20,7 +20,7 @@ def inner_for(family: str):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("module", questions(), ids=lambda m: m.FAMILY)
+@pytest.mark.parametrize("module", layer_questions(), ids=lambda m: m.FAMILY)
 def test_a_broken_backend_fails_in_every_family(module, fault):
     inner = inner_for(module.FAMILY)
     asked = [r.case for r in rows(module, CPU) if why_not(r.case, inner, CPU) is None]

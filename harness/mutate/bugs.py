@@ -13,8 +13,9 @@ edit is a file under kernels/ and a function, or Class.method, in it (a file alo
 there exactly once; old and new may be lists of the same length, and then so may edit. reveals names the family that
 should notice, and words of the descriptors there that have what it takes. Optional keys: backends, those to ask instead
 of the ones that FOLLOWS gives; cause, what harness/suspects.py should call it; device, the only one that can show it;
-survives, why no case can tell it from the right kernel. In controls.toml the edits are correct variants: none may be
-accused.
+survives, why no case can tell it from the right kernel; raises, the error (NameError, CompilationError, ...) that the
+real bug was, and that would otherwise say that the edit made the kernels no program. In controls.toml the edits are
+correct variants: none may be accused.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ CONTROLS, WAITING = "controls", "waiting"
 FOLLOWS = {
     "triton/": ("triton", "triton-permute", "triton-cached"),
     "triton/align.py": ("triton", "triton-permute"),
+    "triton/topk.py": ("triton",),
     "triton/permute.py": ("triton-permute",),
     "triton/backend.py": ("triton", "triton-permute", "triton-chunked"),
     "cached.py": ("triton-cached",),
@@ -47,7 +49,7 @@ FOLLOWS = {
     "checks.py": ("triton", "triton-permute", "triton-cached", "grouped-mm"),
 }
 REQUIRED = ("source", "edit", "old", "new", "reveals")
-OPTIONAL = ("backends", "cause", "device", "survives")
+OPTIONAL = ("backends", "cause", "device", "survives", "raises")
 
 
 class BugError(Exception):
@@ -93,6 +95,7 @@ class Bug:
     cause: str = ""
     device: str = ""
     survives: str = ""
+    raises: str = ""
 
     @property
     def control(self) -> bool:
@@ -150,7 +153,7 @@ def _bug(kind: str, name: str, entry: Any) -> Bug:
     backends = tuple(_many(entry.get("backends", list(_followers(edits[0].file)))))
     return Bug(
         name, kind, entry["source"], tuple(edits), family.strip(), tuple(words.split()), backends,
-        entry.get("cause", ""), entry.get("device", ""), entry.get("survives", ""),
+        entry.get("cause", ""), entry.get("device", ""), entry.get("survives", ""), entry.get("raises", ""),
     )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
     python3 -m harness.mutate.play NAME...      what notices these bugs, on the CPU; nothing is stored
 
-The process is forked, with torch and Triton imported and kernels/ not: what it imports as kernels is the copy that holds
-the bug. Whatever it does, it does to itself.
+The process is forked, with torch and Triton imported and kernels/ not: what it imports as kernels is the copy that
+holds the bug. Whatever it does, it does to itself: it may crash, hang, or take all memory.
 """
 
 from __future__ import annotations
@@ -15,131 +15,174 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-from harness import battery
-from harness import device as devices
 from harness.device import Device
-from harness.mutate.bugs import Bug, read
-from harness.problem import Case
+from harness.mutate import counts, inside
+from harness.mutate.asking import START, Asking, Questions, Run
+from harness.mutate.bugs import Bug, BugError, read
+from harness.mutate.counts import Counts
+from harness.mutate.order import order, spread
 
-#: What says that an edit made the kernels no program, rather than a wrong one.
-STILLBORN = ("NameError", "SyntaxError", "CompilationError", "ImportError", "UnboundLocalError")
-
-
-@dataclass
-class Run:
-    """One case on one backend."""
-
-    case: str
-    backend: str
-    family: str
-    status: str  #: of a verdict, or died, for a process that ended in it
-    reason: str = ""
-    seconds: float = 0.0
-    more: dict[str, Any] = field(default_factory=dict)
+_TICK = 0.25  #: seconds between two looks at what a process uses
+_PATIENCE = 5  #: how much longer than its limit a case may take that does not work, but waits
+#: Runs of a bug that go on after one has noticed it.
+MORE = 30
 
 
-def order(bug: Bug, device: Device) -> list[battery.Row]:
-    """Every row of the suite, those first that have most of what the entry says it takes, and small ones before large.
+class Mutant:
+    """A bug at work in a process of its own. `connection` can be waited for; `receive` then says what came."""
 
-    Words count by descriptor token, or by the beginning of one: "e4m3" is in "e4m3.block.group"."""
+    def __init__(self, bug: Bug, asking: Asking, questions: Questions | None = None) -> None:
+        """questions: None to count what the calls do, as of kernels that are right. BugError if it does not apply."""
+        self.bug, self.asking = bug, asking
+        self._room = tempfile.TemporaryDirectory(prefix="moe-mutant-")
+        bug.put_back(Path(self._room.name))
+        self.connection, there = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("fork").Process(
+            target=inside.work, args=(bug, asking, questions, self._room.name, there), daemon=True
+        )
+        self._process.start()
+        there.close()
+        self._at = START
+        self.ended = False
+        self._listen()
 
-    def relevance(row: battery.Row) -> tuple:
-        text = str(row.case)
-        hits = sum(any(t == word or t.startswith(word + ".") for t in text.split("-")) for word in bug.words)
-        p = row.case.problem
-        size = (p.tokens * p.top_k + p.local_experts) * p.hidden_size * p.intermediate_size
-        return (-(row.family == bug.family) * (1 + hits), -hits, row.family, size)
+    def receive(self) -> Run | None:
+        """What the process says, if it is a run that ended; `ended` is set once nothing will follow."""
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            self.ended = True
+            self._process.join()
+            code = self._process.exitcode or 0
+            if not code:
+                return None
+            name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return Run(*self._at, "died", f"the process ended with {name}")
+        self._listen()
+        if isinstance(message, Run):
+            self._at = ("what comes after a case", "", "")
+            return message if message.status != "unsupported" else None
+        if message == inside.WANTS_COUNTS:
+            self.connection.send(right_counts(self.asking.device, self.bug.backends))
+            self._listen()
+        else:
+            self._at = message
+        return None
 
-    return sorted((row for module in battery.questions() for row in battery.rows(module, device)), key=relevance)
+    def overdue(self) -> Run | None:
+        """The run that took too long or too much memory, which has then ended the process; None if all is well."""
+        seconds, limit = time.monotonic() - self._heard, self.asking.case_limit
+        # Its own time counts, or a busy machine would make it hang; but for one that waits for what never comes.
+        if self._worked() - self._worked_before > limit or seconds > _PATIENCE * limit:
+            found = Run(*self._at, "hung", f"no verdict after {limit:.0f} s", seconds)
+        elif self._resident() > self.asking.memory:
+            held = f"it held more than {self.asking.memory / 2**30:.1f} GiB of memory"
+            found = Run(*self._at, "died", held, seconds)
+        else:
+            return None
+        self.ended = True
+        return found
+
+    def _listen(self) -> None:
+        self._heard, self._worked_before = time.monotonic(), self._worked()
+
+    def _worked(self) -> float:
+        """Seconds of CPU time that the process has used."""
+        user, system = self._told("stat").rpartition(")")[2].split()[11:13] or (0, 0)
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    def _resident(self) -> int:
+        pages = self._told("statm").split()[1:2] or ("0",)
+        return int(pages[0]) * os.sysconf("SC_PAGE_SIZE")
+
+    def _told(self, file: str) -> str:
+        """What the system tells about the process; "" once it has ended, of which its connection tells."""
+        try:
+            return Path(f"/proc/{self._process.pid}/{file}").read_text()
+        except OSError:
+            return ""
+
+    def close(self) -> None:
+        """End the process, with whatever it started, and remove its copy of the kernels."""
+        if self._process.is_alive():
+            try:
+                os.killpg(self._process.pid or 0, signal.SIGKILL)
+            except ProcessLookupError:  # not yet a group of its own
+                self._process.kill()
+        self._process.join()
+        self.connection.close()
+        self._room.cleanup()
 
 
 def play(bug: Bug, device_name: str, limit: float, case_limit: float, stop: bool = True) -> Iterator[Run]:
-    """Every case that is run, in order, until one is not green (`stop`), the rows end, or `limit` seconds have passed."""
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory(prefix="moe-mutant-") as room:
-        bug.put_back(Path(room))
-        here, there = context.Pipe()
-        process = context.Process(target=_child, args=(bug, room, device_name, there, stop), daemon=True)
-        process.start()
-        there.close()
-        end = time.monotonic() + limit
-        at: tuple[str, str, str] | None = None
-        try:
-            while True:
-                patience = min(case_limit, max(0.0, end - time.monotonic()) if at is None else case_limit)
-                if not here.poll(patience):
-                    if at is not None:
-                        yield Run(*at, "hung", f"no verdict after {case_limit:.0f} s", case_limit)
-                    return
-                try:
-                    message = here.recv()
-                except EOFError:
-                    process.join()
-                    if at is not None:
-                        code = process.exitcode or 0
-                        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                        yield Run(*at, "died", f"the process ended with {name}")
-                    return
-                if isinstance(message, Run):
-                    at = None
-                    yield message
-                    if time.monotonic() > end:
-                        return
-                else:
-                    at = message
-        finally:
-            if process.is_alive():
-                os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
-            process.join()
-
-
-def _child(bug: Bug, room: str, device_name: str, parent: Connection, stop: bool) -> None:
-    os.setpgrp()  # killed with whatever it starts
-    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory ends, it ends this process
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    sys.path.insert(0, room)
-    devices.start({device_name})
-    import torch
-
-    torch.set_num_threads(1)
+    """Every case that is run, in order, until one notices, the rows end, or `limit` seconds have passed; without
+    `stop` some more then."""
     device = Device(device_name)
-    from harness import backend as backends
-    from harness import check
-
-    chosen = [backends.load(name) for name in bug.backends]
-    for row in order(bug, device):
-        for backend in chosen:
-            if check.why_not(row.case, backend, device):
-                continue
-            parent.send((str(row.case), backend.name, row.family))
-            verdict = check.run(row.case, backend, device, row.family)
-            if verdict.status == "unsupported":
-                verdict.status = "passed"
-            parent.send(
-                Run(str(row.case), backend.name, row.family, verdict.status, verdict.reason, verdict.seconds)
-            )
-            if stop and not verdict.green:
-                return
+    asking = Asking(device_name, limit, case_limit, more=0 if stop else MORE)
+    yield from listen(Mutant(bug, asking, Questions(tuple(order(bug, device)), tuple(spread(bug.name, device)))))
 
 
-def main(names: list[str]) -> None:
-    devices.start({"cpu"})
+def listen(mutant: Mutant) -> Iterator[Run]:
+    """What one mutant says until it ends."""
+    try:
+        while not mutant.ended:
+            run = mutant.receive() if mutant.connection.poll(_TICK) else mutant.overdue()
+            if run is not None:
+                yield run
+    finally:
+        mutant.close()
+
+
+def right_counts(device_name: str, specs: tuple[str, ...]) -> Counts:
+    """What the kernels as they are do, by case and backend: counted once, in a process of its own."""
+    key = (device_name, specs)
+    if key not in _RIGHT:
+        found: Counts = {}
+        for run in listen(Mutant(Bug("as they are", "", "", (), counts.FAMILY, (), specs), Asking(device_name))):
+            if run.telling:
+                raise RuntimeError(f"{run.case} on {run.backend}: {run.status} without any bug: {run.reason}")
+            found[run.case, run.backend] = run.more["counts"]
+        _RIGHT[key] = found
+    return _RIGHT[key]
+
+
+def prepare(device: Device) -> None:
+    """Import what every mutant needs, once, before they are forked. Nothing of a GPU: each initialises its own."""
+    if device.interprets_triton:
+        from harness import interpreter
+
+        interpreter.enable()
+        import torch._dynamo  # noqa: F401  as does the first operator under a dispatch mode, for two seconds
+
+
+_RIGHT: dict[tuple[str, tuple[str, ...]], Counts] = {}
+
+
+def main(names: list[str]) -> int:
+    """The command line of this module: 1 if a bug survives, 2 for an entry that is none."""
+    prepare(Device("cpu"))
     known = read()
-    for name in names:
+    survived = 0
+    for name in names or known:
         started, last, count = time.monotonic(), None, 0
-        for last in play(known[name], "cpu", 120, 60):
-            count += 1
-        killed = last is not None and last.status in ("failed", "crashed", "hung", "died")
-        told = f"{last.status} in {last.case} on {last.backend}: {last.reason}" if killed and last else "SURVIVES"
-        if killed and last and any(word in last.reason for word in STILLBORN):
-            told = f"STILLBORN, {told}"
+        try:
+            if name not in known:
+                raise BugError(f"{name}: no such entry in cases/bugs")
+            for run in play(known[name], "cpu", 120, 60):
+                last, count = run, count + 1
+        except BugError as error:
+            print(error, file=sys.stderr)
+            return 2
+        told = "SURVIVES"
+        if last is not None and last.telling:
+            status = last.status if last.noticed else last.status.upper()
+            told = f"{status} in {last.case} on {last.backend}: {last.reason}"
+        survived += told == "SURVIVES"
         print(f"{name:40} {told} [case {count}, {time.monotonic() - started:.1f} s]", flush=True)
+    return 1 if survived else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(read()))
+    sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,15 @@
 """The layer as backends of the harness: plain classes that know its protocol, and import nothing from it."""
 
 import dataclasses
+from collections.abc import Callable
 
 from kernels.layer import ACTIVATIONS, DTYPES, FP8, Fp8Scheme
-from kernels.triton.fused_moe import fused_moe, permuted_moe, takes_low_latency_path
+from kernels.triton.align import moe_align_block_size
+from kernels.triton.fused_moe import GemmConfig, fused_moe, permuted_moe, takes_low_latency_path
+from kernels.triton.gemm import default_config, low_latency_config
 from kernels.triton.permute import MoEPermuteScratch, moe_permute, moe_unpermute
+from kernels.triton.stages import record
+from kernels.triton.topk import fused_topk
 
 _STORES_IO = dict(
     gate_up="io", act="io", slot="io", router_weight="fp32", combine="fp32", weighted_input="accumulator",
@@ -38,15 +43,31 @@ def arguments(layer) -> dict:
     )  # fmt: skip
 
 
+def tile_configs(problem) -> list[GemmConfig]:
+    """The tiles that batches of any size get for this layer, smallest first, and neighbours of both ends: half as many
+    columns or terms, and row tiles that share their columns by three, or not at all."""
+    dtype = FP8["e4m3"] if problem.quant and problem.quant.activation else DTYPES[problem.dtype]
+    chosen = [default_config(2**n, 1, dtype, problem.quant is not None) for n in range(12)]
+    near = []
+    for c, group_m in ((chosen[0], 1), (chosen[-1], 3)):
+        smaller = (dict(block_n=c.block_n // 2), dict(block_k=c.block_k // 2), dict(group_m=group_m))
+        near += [dataclasses.replace(c, **change) for change in smaller]
+    return list(dict.fromkeys([low_latency_config(dtype), *chosen, *near]))
+
+
 class TritonMoE:
     """fused_moe as a user calls it: the low latency path for small batches, the aligned path otherwise."""
 
     name = "triton"
     devices = {"cpu", "cuda", "xpu"}
     interpreted = True
-    promises = frozenset({"errors", "no_extra_tensor"})
+    promises = frozenset({"errors", "no_extra_tensor", "best_first", "small_sigmoids", "no_wait", "graph"})
+    batch_invariant = "configured"  # default tiles follow the batch, and with them the order of summation
     path = "auto"
     max_chunk_tokens: int | None = None
+    # The same for the classes below: once is enough to ask about these stages.
+    route: Callable | None = staticmethod(fused_topk)
+    align: Callable | None = staticmethod(moe_align_block_size)
 
     def supports(self, problem) -> str | None:
         """None, or "<keyword>: why not"."""
@@ -68,6 +89,13 @@ class TritonMoE:
         """The roundings between hidden_states and out."""
         return [dict(_STORES_IO, weight="before_store")]
 
+    def configurations(self, problem) -> dict[str, dict]:
+        """Options for prepare(), by name: every tile configuration that a batch of this layer may get, and more."""
+        return {
+            f"{c.block_m}x{c.block_n}x{c.block_k}.g{c.group_m}.w{c.num_warps}.s{c.num_stages}": {"config": c}
+            for c in tile_configs(problem)
+        }
+
     def prepare(self, problem, layer, config=None):
         """call(hidden_states, topk_weights, topk_ids, out=None); reads the layer at every call. config: GemmConfig."""
 
@@ -78,6 +106,10 @@ class TritonMoE:
             )  # fmt: skip
 
         return call
+
+    def stages(self, call, hidden_states, topk_weights, topk_ids) -> dict:
+        """One call of what prepare() returned, with every value between its stages: see kernels.triton.stages."""
+        return record(call, hidden_states, topk_weights, topk_ids)
 
     def expected_launches(self, problem) -> tuple[set[str], set[str]]:
         """(required, forbidden) substrings of the names of the kernels that one call launches."""
@@ -97,6 +129,7 @@ class TritonAlignedMoE(TritonMoE):
     """fused_moe on the aligned path where `triton` takes the other one."""
 
     name = "triton-aligned"
+    route = align = None
     path = "aligned"
 
     def supports(self, problem) -> str | None:
@@ -111,6 +144,7 @@ class TritonChunkedMoE(TritonMoE):
     """fused_moe that serves a few tokens at a time, where that makes more than one chunk."""
 
     name = "triton-chunked"
+    route = align = None
     max_chunk_tokens = 16
 
     def supports(self, problem) -> str | None:
@@ -132,7 +166,8 @@ class TritonPermuteMoE(TritonMoE):
     """permuted_moe; its permutation is open to tests of its own."""
 
     name = "triton-permute"
-    promises = frozenset({"errors", "steady_scratch"})
+    route = align = None
+    promises = frozenset({"errors", "steady_scratch", "no_wait", "graph"})
     path = "aligned"
     permute = staticmethod(moe_permute)
     unpermute = staticmethod(moe_unpermute)

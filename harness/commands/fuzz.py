@@ -1,0 +1,118 @@
+"""moe-harness fuzz: any problem of the grammar against one backend, until one fails or the budget is used up."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from harness.commands.common import Wrong, the_device
+from harness.device import DEVICES
+
+SIZES = {"K": 2**10, "M": 2**20, "G": 2**30}
+ON_CPU, ON_GPU = "1M", "256M"  #: of weights and batch: what one problem may take
+
+
+def register(add: Callable[..., Any]) -> None:
+    """Declares the command's arguments."""
+    sub = add(fuzz, "fuzz", "Random problems, at the edges of tiles and formats; what fails is shrunk.")
+    sub.add_argument("--backend", metavar="SPEC", required=True, help="a backend's name, or package.module:object")
+    sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu)")
+    sub.add_argument("--seconds", type=float, default=60, metavar="N", help="how long (60); shrinking comes on top")
+    sub.add_argument("--examples", type=int, metavar="N", help="so many problems at most, whatever the time")
+    sub.add_argument(
+        "--bytes", metavar="SIZE", help=f"what a problem's weights and batch may take ({ON_GPU}; on the cpu {ON_CPU})"
+    )
+    sub.add_argument("--seed", type=int, metavar="N", help="the same problems again (random, and printed)")
+    sub.add_argument("--sequences", action="store_true", help="small problems, each asked by sequences of calls")
+
+
+def fuzz(args: argparse.Namespace) -> int:
+    from harness import backend as backends
+    from harness.simplest import missing
+
+    most = _bytes(args.bytes) if args.bytes else None
+    for name in ("seconds", "examples"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise Wrong(f"--{name} {value:g}: more than 0")
+    if args.seed is not None and args.seed < 0:
+        raise Wrong(f"--seed {args.seed}: 0 or more")
+    if reason := missing():
+        raise Wrong(f"fuzz: {reason}")
+    device = the_device(args.device)
+    backend = backends.load(args.backend)
+    if reason := backends.unavailable(backend, device):
+        raise Wrong(f"--backend {args.backend} on {device}: {reason.partition(': ')[2]}")
+
+    from harness.apart import Apart
+    from harness.fuzz import SEQUENCES, Space
+    from harness.fuzz import fuzz as search
+
+    most = most or _bytes(ON_CPU if device.torch.type == "cpu" else ON_GPU)
+    seed = args.seed if args.seed is not None else secrets.randbelow(2**32)
+    again = f"python3 -m harness fuzz --backend {args.backend} --device {device.name} --seed {seed} --bytes {most}"
+    again += " --sequences" if args.sequences else ""
+    print(f"moe-harness: {backend.name} on {device}, seed {seed}", flush=True)
+    with Apart(args.backend, device) as apart:
+        told = search(
+            apart, SEQUENCES if args.sequences else Space(), seed=seed, seconds=args.seconds, most=most,
+            examples=args.examples, progress=_progress,
+        )  # fmt: skip
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    print("\n".join(_counted(told)))
+    if told.found is None:
+        if told.cases:
+            print("nothing found")
+            return 0
+        print(f"nothing ran: {backend.name} supports none of these problems, or --seconds was too short")
+        return 1
+    print("\n".join(_found(told, again)))
+    return 1
+
+
+def _bytes(text: str) -> int:
+    number, unit = (text[:-1], SIZES[text[-1].upper()]) if text[-1].upper() in SIZES else (text, 1)
+    if not number.isdecimal() or int(number) == 0:
+        raise Wrong(f"--bytes {text}: a number of bytes, or of {', '.join(SIZES)} as in 256M")
+    return int(number) * unit
+
+
+def _progress(told: Any, case: Any) -> None:
+    if sys.stderr.isatty():
+        state = f"shrinking {told.shrinking}" if told.found else f"{told.cases} ran"
+        print(f"\r\033[K{state}  {str(case)[:100]}", end="", file=sys.stderr, flush=True)
+
+
+def _counted(told: Any) -> list[str]:
+    def counts(counter: Any) -> str:
+        return ", ".join(f"{n} {name}" for name, n in counter.most_common())
+
+    refused = sum(told.refused.values())
+    lines = [f"{told.cases} problems in {told.seconds:.0f} s ({told.cases / max(told.seconds, 1e-9):.1f} a second)"]
+    lines += [f"  of these     {counts(told.ran)}"] if told.ran else []
+    lines += [f"  mistrusted   {told.mistrusted}"] if told.mistrusted else []
+    lines += [f"  unsupported  {refused}, not counted: {counts(told.refused)}"] if refused else []
+    return lines
+
+
+def _found(told: Any, again: str) -> list[str]:
+    from harness.fuzz import home
+    from harness.problem import Case
+
+    verdict = told.found
+    return [
+        "",
+        f"{verdict.case} {verdict.status}: {verdict.reason}",
+        *verdict.report.rstrip().removeprefix(verdict.reason).splitlines(),
+        "",
+        f"found after {told.cases} problems, shrunk with {told.shrinking} more; this one again:",
+        f"  {verdict.reproduce}",
+        "all of them again:",
+        f"  {again} --examples {told.cases}",
+        f"to keep it, one line of ROWS in {home(Case.parse(verdict.case))}:",
+        f'  "{verdict.case}": "WHY: what went wrong here, and where it was seen",',
+    ]

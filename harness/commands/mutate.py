@@ -1,0 +1,211 @@
+"""moe-harness mutate: known bugs put back into the kernels, and how many of them the suite notices."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from harness.commands.common import Wrong
+from harness.device import DEVICES
+
+FLOOR = 0.98  #: of the bugs must be noticed
+ONE_IN = 6  #: entries that --part takes
+CONTROL_RUNS, CONTROL_RUNS_OF_PART = 2000, 200
+MORE = 30  #: runs of a bug after the first that notices it, with --all
+#: Seconds for a bug and for a case. A GPU compiles what it runs.
+LIMITS = {"cpu": (120.0, 60.0), "gpu": (300.0, 300.0)}
+
+
+def register(add: Callable[..., Any]) -> None:
+    """Declares the command's arguments."""
+    sub = add(mutate, "mutate", "Known bugs put back into the kernels: how many does the suite notice?")
+    sub.add_argument("entry", nargs="*", help="only these: names, classes, or patterns such as 'router-*' (all)")
+    sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu)")
+    sub.add_argument("--jobs", type=int, metavar="N", help="mutants at a time (all cores; on a GPU at most 12)")
+    sub.add_argument("--results", type=Path, metavar="PATH", help="the file to write; what it holds is not run again")
+    sub.add_argument("--part", action="store_true", help=f"one in {ONE_IN}, of every class: what CI runs")
+    sub.add_argument("--all", action="store_true", help=f"{MORE} cases more for each bug, after the first that notices")
+    sub.add_argument(
+        "--against", metavar="RULE", help="judge the same calls by a rule of the field too, or by all of them (all)"
+    )
+    sub.add_argument("--markdown", type=Path, metavar="PATH", help="the table of --against, for a README")
+    sub.add_argument("--floor", type=float, default=FLOOR, metavar="SHARE", help=f"least share of kills ({FLOOR})")
+    sub.add_argument(
+        "--control-runs", type=int, metavar="N",
+        help=f"cases of all correct variants together ({CONTROL_RUNS}; --part {CONTROL_RUNS_OF_PART})",
+    )  # fmt: skip
+    sub.add_argument("--limit", type=float, metavar="SECONDS", help="for a bug (120; on a GPU 300)")
+    sub.add_argument("--case-limit", type=float, metavar="SECONDS", help="for a case (60; on a GPU 300)")
+
+
+def mutate(args: argparse.Namespace) -> int:
+    from harness.mutate import bugs, order, play, runner, store, table
+
+    rules = _rules(args)
+    if not 0 <= args.floor <= 1:
+        raise Wrong(f"--floor {args.floor:g}: a share, from 0 to 1")
+    try:
+        known = bugs.read()
+    except bugs.BugError as error:
+        raise Wrong(str(error)) from error
+    chosen = order.part(known, ONE_IN) if args.part else known
+    chosen = _named(chosen, args.entry)
+    device, reason = runner.look(args.device)
+    if device is None:
+        raise Wrong(f"--device {args.device}: {reason}")
+    elsewhere = {name: bug for name, bug in chosen.items() if bug.device not in ("", device.name)}
+    chosen = {name: bug for name, bug in chosen.items() if name not in elsewhere}
+    play.prepare(device)
+    jobs = _count("--jobs", args.jobs, _jobs(device))
+    tasks = _tasks(args, chosen, device, rules, jobs)
+    path = args.results or Path("results") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-mutate-{device.name}.jsonl"
+    file = store.Store(path, str(device))
+    suite = store.suite_digest()
+    marks = {task.bug.name: store.digest(task.bug, task.asking, suite) for task in tasks}
+    outcomes = [file.known[mark] for mark in marks.values() if mark in file.known]
+    todo = [task for task in tasks if marks[task.bug.name] not in file.known]
+    print(f"moe-harness: {_said(chosen)} on {device}, {jobs} at a time, into {path}")
+    if outcomes:
+        print(f"moe-harness: {len(outcomes)} of them are in it already")
+    for name, bug in elsewhere.items():
+        print(f"not asked {name}: only {bug.device} can show it")
+    bar = _Bar(len(tasks), len(outcomes))
+    try:
+        for found in runner.run(todo, jobs, bar.watch):
+            found.digest = marks[found.mutant]
+            file.append(found)
+            outcomes.append(found)
+            bar.done(table.line(found))
+    except KeyboardInterrupt:
+        bar.clear()
+        print(f"moe-harness: interrupted, {len(outcomes)} of {len(tasks)} done; to go on: --results {path}")
+        return 130
+    finally:
+        file.close()
+    bar.clear()
+    print("\n".join(table.told(outcomes, known, whole=args.all or bool(rules))))
+    if rules:
+        rows = table.against(outcomes, rules)
+        print("\n".join(["", *table.plain(rows)]))
+        if args.markdown:
+            args.markdown.write_text(table.markdown(rows), encoding="utf-8")
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"\n{bar.seconds:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of CPU time; results: {path}")
+    return _verdict(args, outcomes)
+
+
+def _verdict(args: argparse.Namespace, outcomes: list[Any]) -> int:
+    from harness.mutate import store
+
+    killed, asked = store.counts(outcomes)
+    wrong = [found.mutant for found in outcomes if found.outcome in store.ILL_MADE]
+    accused = [found.mutant for found in outcomes if found.outcome == "accused"]
+    if wrong:
+        print(f"moe-harness: entries that are no bugs: {', '.join(wrong)}")
+    if accused:
+        print(f"moe-harness: correct variants that were accused: {', '.join(accused)}")
+    if asked and killed < args.floor * asked:
+        print(f"moe-harness: {killed} of {asked} bugs noticed, the floor is {args.floor:.0%}")
+        return 1
+    return 1 if wrong or accused else 0
+
+
+def _rules(args: argparse.Namespace) -> tuple[str, ...]:
+    from harness.mutate.rules import RULES
+
+    if args.markdown and not args.against:
+        raise Wrong("--markdown: needs --against RULE")
+    if args.against in (None, "all"):
+        return tuple(RULES) if args.against else ()
+    if args.against not in RULES:
+        raise Wrong(f"--against {args.against}: one of {', '.join(RULES)}, or all")
+    return (args.against,)
+
+
+def _named(known: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """The entries that a word names, by name, class or pattern."""
+    words = list(words)
+    found: dict[str, Any] = {}
+    for word in words:
+        mine = {name: bug for name, bug in known.items() if fnmatch(name, word) or fnmatch(bug.kind, word)}
+        if not mine:
+            kinds = sorted({bug.kind for bug in known.values()})
+            raise Wrong(f"{word}: no entry of that name or pattern; classes: {', '.join(kinds)}")
+        found |= mine
+    return found if words else dict(known)
+
+
+def _tasks(args: argparse.Namespace, chosen: dict[str, Any], device: Any, rules: tuple[str, ...], jobs: int) -> list:
+    from harness.mutate import runner
+    from harness.mutate.asking import MEMORY, Asking
+
+    limit, case_limit = LIMITS["cpu" if device.interprets_triton else "gpu"]
+    whole = args.all or bool(rules)
+    asking = Asking(
+        device.name, args.limit or limit, args.case_limit or case_limit, more=MORE if whole else 0, rules=rules,
+        memory=MEMORY // (jobs + 1),
+    )  # fmt: skip
+    controls = sum(bug.control for bug in chosen.values())
+    due = _count("--control-runs", args.control_runs, CONTROL_RUNS_OF_PART if args.part else CONTROL_RUNS)
+    each = math.ceil(due / controls) if controls else 0
+    # Controls take longest: they come first, or the last of them would run alone.
+    ordered = sorted(chosen.values(), key=lambda bug: not bug.control)
+    return [runner.task(bug, device, asking, each) for bug in ordered]
+
+
+def _count(option: str, given: int | None, otherwise: int) -> int:
+    if given is not None and given < 1:
+        raise Wrong(f"{option} {given}: 1 or more")
+    return given or otherwise
+
+
+def _jobs(device: Any) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if device.interprets_triton else max(1, min(12, cores * 3 // 4))
+
+
+def _said(chosen: dict[str, Any]) -> str:
+    controls = sum(bug.control for bug in chosen.values())
+    return f"{len(chosen) - controls} bugs and {controls} correct variants"
+
+
+class _Bar:
+    """On a terminal one line that is rewritten; elsewhere a line for each mutant."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total, self._done, self._before = total, done, done
+        self._started = time.monotonic()
+        self._terminal = sys.stdout.isatty()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def watch(self, names: list[str]) -> None:
+        """Shows how far it is, and who is at work."""
+        if not self._terminal:
+            return
+        full = 24 * self._done // self._total
+        new = self._done - self._before
+        left = f", {self.seconds / new * (self._total - self._done) / 60:.0f} min left" if new > 2 else ""
+        text = f"[{'#' * full}{'.' * (24 - full)}] {self._done}/{self._total}{left}: {', '.join(names)}"
+        print(f"\r\033[K{text[: os.get_terminal_size().columns - 1]}", end="", flush=True)
+
+    def done(self, line: str) -> None:
+        """One more is done."""
+        self._done += 1
+        self.clear()
+        print(line, flush=True)
+
+    def clear(self) -> None:
+        """Takes the line away."""
+        if self._terminal:
+            print("\r\033[K", end="", flush=True)

@@ -1,0 +1,93 @@
+"""Tensors between fences: whoever reads beyond one computes NaN, whoever writes there is seen.
+
+A fenced tensor lies in a room of its own, FENCE elements from either end. Those ends hold canaries, one bit pattern for
+each size of element, which is NaN in every floating format of that size and a large number as an integer (all bits set
+where an element is one byte: NaN in both fp8 formats). A tensor tells by itself that it is fenced: by its place in its
+storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FENCE = 512  #: elements before and behind: a multiple of every alignment that kernels ask for
+#: Element size -> the integer type of that size and the canary's value in it.
+_CANARY = {
+    1: (torch.uint8, 0xFF),
+    2: (torch.int16, 0x7FFD),
+    4: (torch.int32, 0x7FFDA5A5),
+    8: (torch.int64, 0x7FFDA5A57FFDA5A5),
+}
+POISON_INT = {1: 0x7B, 2: 0x7BCD, 4: 0x7BCDEF01, 8: 0x7BCDEF01}
+
+
+def poison_(tensor: Tensor) -> Tensor:
+    """Overwrite with NaN (floating formats, all bits of the fp8 code set) or with a large number (integers)."""
+    if tensor.dtype.is_floating_point:
+        if tensor.element_size() == 1:
+            tensor.view(torch.uint8).fill_(0x7F)  # NaN in e4m3fn and in e5m2
+        else:
+            tensor.fill_(float("nan"))
+    elif tensor.dtype == torch.bool:
+        tensor.fill_(True)
+    elif not tensor.dtype.is_complex:
+        tensor.fill_(POISON_INT[tensor.element_size()])
+    return tensor
+
+
+def fenced(like: Tensor, device: torch.device | None = None) -> Tensor:
+    """Fenced memory of like's shape, strides and dtype, on its device or another. Only the fences are written."""
+    span = _span(like)
+    room = torch.empty(span + 2 * FENCE, dtype=like.dtype, device=device or like.device)
+    for end in (room[:FENCE], room[FENCE + span :]):
+        kind, canary = _canary(end)
+        end.view(kind).fill_(canary)
+    return room.as_strided(like.shape, like.stride(), FENCE)
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty, fenced."""
+    return fenced(torch.empty(shape, dtype=dtype, device="meta"), device)
+
+
+def keep(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A fenced copy, on the tensor's device or another. Strides are kept, and what lies between rows is poison."""
+    copy = fenced(tensor, device)
+    if tensor.numel() and _span(tensor) != tensor.numel():
+        poison_(copy.as_strided((_span(tensor),), (1,), FENCE))
+    return copy.copy_(tensor)
+
+
+def fences(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The ends of the tensor's room; None if it has none."""
+    size, span = tensor.element_size(), _span(tensor)
+    storage = tensor.untyped_storage()
+    if tensor.storage_offset() != FENCE or storage.nbytes() != (span + 2 * FENCE) * size:
+        return None
+    room = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (span + 2 * FENCE,), (1,))
+    return room[:FENCE], room[FENCE + span :]
+
+
+def intact(ends: Iterable[Tensor]) -> bool:
+    """Whether every canary in these ends of rooms is alive: one wait for each device, not one for each end."""
+    together: dict[tuple[torch.device, int], list[Tensor]] = {}
+    for end in ends:
+        together.setdefault((end.device, end.element_size()), []).append(end.view(_canary(end)[0]))
+    alive: dict[torch.device, list[Tensor]] = {}
+    for (device, _), same in together.items():
+        alive.setdefault(device, []).append((torch.cat(same) == _canary(same[0])[1]).all())
+    return all(bool(torch.stack(found).all()) for found in alive.values())
+
+
+def _canary(tensor: Tensor) -> tuple[torch.dtype, int]:
+    return _CANARY.get(tensor.element_size(), _CANARY[1])
+
+
+def _span(tensor: Tensor) -> int:
+    """The elements from the first to the last."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))

@@ -1,0 +1,51 @@
+"""Bugs in what a call does, not in what it returns: launches, allocations, waits, Python calls and tiles, counted by
+harness/perf/structure.py for the cases of cases/structure.toml, in the mutant and in the kernels as they are.
+
+The recorded baseline is not asked: what the kernels as they are do is measured here and now, on any device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness import backend as backends
+from harness.device import Device
+from harness.perf.differences import differences
+from harness.perf.structure import NotCorrect, NotMeasured, measure
+from harness.problem import Case
+from harness.processes import ROOT
+
+BASELINE = ROOT / "cases" / "structure.toml"
+FAMILY = "structure"
+Counts = dict[tuple[str, str], Any]  #: by case and backend
+
+
+def cases(specs: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(descriptor, backend) of every counted case of these backends, in the file's order."""
+    from harness.perf.baseline_text import read
+
+    return [(block.descriptor, block.backend) for block in read(BASELINE).blocks if block.backend in specs]
+
+
+def counted(descriptor: str, spec: str, device: Device) -> dict[str, Any] | None:
+    """One call of one case, counted: Structure.record(); None where it cannot be."""
+    try:
+        return measure(Case.parse(descriptor), backends.load(spec), device).record()
+    except NotMeasured:
+        return None
+
+
+def compared(descriptor: str, spec: str, device: Device, right: dict[str, Any] | None) -> tuple[str, str]:
+    """(status, reason) of one case in a mutant against `right`, what the kernels as they are do."""
+    if right is None:
+        return "unsupported", "it cannot be counted in the kernels as they are"
+    try:
+        found = measure(Case.parse(descriptor), backends.load(spec), device).record()
+    except NotMeasured as reason:
+        return "structure", f"it can be counted no longer: {reason}"
+    except NotCorrect as error:
+        return error.verdict.status, error.verdict.reason
+    except Exception as error:  # of the kernels, in a call that is judged right and is now counted
+        return "crashed", f"{type(error).__name__}: {error}"
+    told = differences(right, found)
+    return ("structure", told[0]) if told else ("passed", "")

@@ -1,0 +1,75 @@
+"""The scenarios of arguments in other memory: each notices the fault that it is there for, and no other."""
+
+import pytest
+import torch
+
+from harness.check import run
+from harness.device import Device
+from harness.problem import Case
+from tests.emulated import Emulated
+
+CPU = Device("cpu")
+SCENARIOS = ("own_output", "strided_out", "strided_routing", "strided_layer")
+
+
+def verdict(backend, scenario, text="t5-h32-i16-e4-k2-bf16-bias-exact"):
+    return run(Case.parse(f"{text}-arguments.{scenario}"), backend, CPU)
+
+
+def flat(t):
+    """The elements from the first on, whatever the strides, in t's shape."""
+    return t.as_strided(t.shape, torch.empty(t.shape, device="meta").stride())
+
+
+class Faulty(Emulated):
+    """A correct backend but for one fault."""
+
+    def __init__(self, fault):
+        super().__init__("faulty")
+        self.fault, self.workspace = fault, torch.empty(0)
+
+    def run(self, layer, x, weights, ids, out=None):
+        if self.fault == "refuses strides" and not (weights.is_contiguous() and ids.is_contiguous()):
+            raise ValueError(f"topk_weights: stride {weights.stride()}; valid: contiguous")
+        if self.fault == "refuses without a reason" and not weights.is_contiguous():
+            raise ValueError("no")
+        if self.fault == "weights assumed dense":
+            weights = flat(weights)
+        if self.fault == "ids assumed dense":
+            ids = flat(ids)
+        result = super().run(layer, x, weights, ids)
+        if out is None and self.fault == "one workspace":
+            if len(self.workspace) < len(x):
+                self.workspace = torch.empty(len(x) + 9, x.shape[1], dtype=x.dtype)
+            return self.workspace[: len(x)].copy_(result)
+        if out is None and self.fault == "in place":
+            return x.copy_(result)
+        if out is not None and self.fault == "out assumed dense":
+            flat(out).copy_(result)
+            return out
+        return result if out is None else out.copy_(result)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_correct_backend(scenario):
+    assert verdict(Faulty("none"), scenario).status == "passed"
+    assert verdict(Faulty("none"), scenario, "t1-h32-i16-e4-k1-bf16-exact").status == "passed"
+
+
+@pytest.mark.parametrize(
+    "fault, scenario",
+    (
+        ("one workspace", "own_output"), ("in place", "own_output"), ("out assumed dense", "strided_out"),
+        ("weights assumed dense", "strided_routing"), ("ids assumed dense", "strided_routing"),
+    ),
+)  # fmt: skip
+def test_a_fault_is_noticed_where_it_is_asked_about(fault, scenario):
+    assert verdict(Faulty(fault), scenario).status == "failed"
+    others = [other for other in SCENARIOS if other != scenario]
+    assert [verdict(Faulty(fault), other).status for other in others] == ["passed"] * len(others)
+
+
+def test_a_refusal_names_what_it_refuses():
+    found = verdict(Faulty("refuses strides"), "strided_routing")
+    assert found.status == "unsupported" and "stride" in found.reason
+    assert verdict(Faulty("refuses without a reason"), "strided_routing").status == "failed"
