@@ -139,9 +139,12 @@ class Harness:
             for device in self.selection.devices
             for spec, backend in self.backends()
         }
+        stage = getattr(module, "STAGE", None)
         for case, on in cases.items():
             for device in on:
                 for spec, backend in self.backends():
+                    if stage and not option.backend and getattr(backend, stage, None) is None:
+                        continue  # a family about a stage is no question to whoever has no such stage
                     asked = Asked(case, module.FAMILY, device, backend, spec)
                     reason = usable[device, spec]
                     if reason is None:

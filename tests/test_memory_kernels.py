@@ -99,7 +99,9 @@ def test_a_narrow_offset_is_told_where_it_was_made(offset):
     faults, right = faults_of(rows, 128, WIDEST_OFFSET, OFFSET=offset)
     assert right and len(faults) == 1
     assert "at an int32 offset of" in faults[0].told and "65536 times" in faults[0].told
-    assert {"narrow": "row * stride_x", "too late": "row[:, None] *", "narrowed": ".to(tl.int32)"}[offset] in faults[0].told
+    assert {"narrow": "row * stride_x", "too late": "row[:, None] *", "narrowed": ".to(tl.int32)"}[offset] in faults[
+        0
+    ].told
 
 
 def test_rows_below_the_limit_or_masked_off_are_no_offsets():
@@ -144,7 +146,9 @@ def _undefined(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < n))
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2))
+@pytest.mark.parametrize(
+    "dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+)
 def test_lanes_that_are_not_loaded_are_nan(dtype):
     out = torch.empty(8, dtype=dtype)
     _undefined[(1,)](torch.ones(8).to(dtype), out, 5, BLOCK=8)

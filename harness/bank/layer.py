@@ -222,9 +222,11 @@ def _clamped(o: Oracle, clamp: Callable[[Tensor, Tensor, float], tuple[Tensor, T
     """The activation of gate and up that were clamped otherwise."""
     if not is_gated(o.experts.activation) or _limit(o) == INF:
         return None
+    free = replace(o.experts, limit=INF)
     gate, up = split_gate_up(o.s.h, o.experts.activation)
     gate, up = clamp(gate, up, _limit(o))
-    return o.resume(a=_act(o, gate) * up_factor(up, replace(o.experts, limit=INF)))
+    # Where nothing is cut off, an error of h passes on: the right clamp would predict none.
+    return replace(o.resume(a=_act(o, gate) * up_factor(up, free)), experts=free)
 
 
 # -- biases -----------------------------------------------------------------------------------------------------------

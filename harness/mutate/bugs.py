@@ -101,24 +101,30 @@ class Bug:
     def control(self) -> bool:
         return self.kind == CONTROLS
 
+    def edited(self) -> dict[str, str]:
+        """The texts of the files under kernels/ that it changes. BugError if it does not apply."""
+        texts: dict[str, str] = {}
+        for edit in self.edits:
+            path = KERNELS / edit.file
+            if edit.file not in texts and not path.is_file():
+                raise BugError(f"{self.name}: edit={edit.file}: no such file under kernels/")
+            texts[edit.file] = edit.apply(texts.get(edit.file) or path.read_text(), self.name)
+        return texts
+
     def put_back(self, into: Path) -> Path:
         """A copy of kernels/ with the bug in it, under the directory `into`, which is returned: a place to import
         from. BugError if it does not apply."""
-        files = {edit.file: (KERNELS / edit.file).read_text() for edit in self.edits if (KERNELS / edit.file).is_file()}
-        for edit in self.edits:
-            if edit.file not in files:
-                raise BugError(f"{self.name}: edit={edit.file}: no such file under kernels/")
-            files[edit.file] = edit.apply(files[edit.file], self.name)
+        texts = self.edited()
         shutil.copytree(KERNELS, into / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-        for name, text in files.items():
+        for name, text in texts.items():
             (into / "kernels" / name).write_text(text)
         return into
 
 
-def read(directory: Path = BUGS) -> dict[str, Bug]:
+def read(directory: Path | None = None) -> dict[str, Bug]:
     """Every entry by its name, controls included. BugError names the file, the entry and the key that is wrong."""
     found: dict[str, Bug] = {}
-    for path in sorted(directory.glob("*.toml")):
+    for path in sorted((directory or BUGS).glob("*.toml")):
         if path.stem == WAITING:
             continue
         try:
