@@ -18,6 +18,7 @@ ROWS |= {
     **sweep("t{t}-h128-i64-e64-k2-bf16-ep{p}-path.launches", "never with an expert_map", t=(1, 4), p=("1.0", "2.1")),
     **sweep("t{t}-h128-i64-e64-k4-bf16-{o}-path.launches", "not a matter of ids, biases or layout",
             t=(1, 4, 5), o=("ids64", "bias", "kn", "invalid", "duplicate")),
+    **sweep("t0-h128-i64-e8-k2-{d}-path.launches", "nothing to do, nothing launched", d=("bf16", "bf16-kn", "bf16-e4m3.block.group")),
     **sweep("t3-h{h}-i{i}-e32-k2-{d}", "tails of N and K with one valid row in a tile", h=(80, 136, 320), i=(48, 136), d=("bf16", "fp16")),
     **sweep("t2-h256-i128-e32-k2-bf16-{f}.{s}-{l}", "every scheme on this path", f=("e4m3", "e5m2"),
             s=("tensor.static", "tensor.token", "channel.token", "channel.none", "block.group", "block.none"), l=("nk", "kn")),

@@ -324,7 +324,7 @@ def _drawn(case: Case, place: torch.device, device: torch.device) -> Inputs:
 def _moved(drawn: Inputs, device: torch.device) -> Inputs:
     """The same inputs on another device. Strides are kept: padding between rows is part of the question."""
     arguments = {name: fence.keep(t, device) for name, t in drawn.arguments().items()}
-    return replace(drawn, **arguments, layer=_kept(drawn.layer, device), handed=_kept(drawn.handed, device))
+    return drawn.given(arguments, layer=_kept(drawn.layer, device), handed=_kept(drawn.handed, device))
 
 
 def _with_own_layer(drawn: Inputs) -> Inputs:

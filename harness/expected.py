@@ -87,6 +87,13 @@ class Spread:
             torch.maximum(self.step, torch.where(probability > 0, step, 0.0)),
         )
 
+    def tossed(self, step: Tensor, where: Tensor) -> Spread:
+        """After a rounding that goes either way at these places: by a step, every other time."""
+        jump = torch.where(where, step, 0.0)
+        return Spread(
+            self.total + jump**2 / 2, self.smooth, self.flips + where.sum(1) / 2, torch.maximum(self.step, jump)
+        )
+
 
 def _ulp(value: Tensor, form: str, spread: Tensor | None = None) -> Tensor:
     """The step at |value|, or at |value| + sigma where the value may be smaller than its own error."""
@@ -155,6 +162,8 @@ def propagate(stages: Stages, experts: Experts, rounding: Rounding, slots: int) 
         # Beyond 464 both sides saturate and nothing differs.
         step = torch.where(stages.a_ratio.abs() > 464, 0.0, step)
         spread = spread.store(stages.a, step, repeat)
+        if repeat:
+            spread = spread.tossed(step, _near_tie(stages.a_ratio))
 
     # GEMM 2, the router weight, the slot's store
     inter = stages.operand.shape[1]
@@ -262,15 +271,20 @@ def _input_ties(stages: Stages, through: Callable[..., list[Tensor]], experts: E
     """
     ratio, scale = stages.x_ratio, stages.x_scale
     assert ratio is not None and scale is not None
+    near = _near_tie(ratio)
+    if not near.any():
+        return None
+    variance = torch.where(near, (_ulp(ratio.abs().clamp(max=447.9), "e4m3") * scale) ** 2, 0.0)
+    return through(experts.w13, variance[stages.row])[0]
+
+
+def _near_tie(ratio: Tensor) -> Tensor:
+    """Where amax/448, a reciprocal or a division may tip the code."""
     inside = ratio.abs().clamp(max=447.9)
     step = _ulp(inside, "e4m3")
     position = inside / step
-    near = ((position - position.floor() - 0.5).abs() * step <= 8 * U32 * inside) & (ratio.abs() < 464)
-    near &= torch.isfinite(ratio)
-    if not near.any():
-        return None
-    variance = torch.where(near, (step * scale) ** 2, 0.0)
-    return through(experts.w13, variance[stages.row])[0]
+    near = (position - position.floor() - 0.5).abs() * step <= 8 * U32 * inside
+    return near & (ratio.abs() < 464) & torch.isfinite(ratio)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ storage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,10 +23,26 @@ _CANARY = {
     8: (torch.int64, 0x7FFDA5A57FFDA5A5),
 }
 POISON_INT = {1: 0x7B, 2: 0x7BCD, 4: 0x7BCDEF01, 8: 0x7BCDEF01}
+STALE, STALE_CODE = 1024.0, 0x7B  #: a large value in every floating format, 352 in e4m3 (in e5m2: 57344)
+_stale = False
+
+
+@contextmanager
+def stale() -> Iterator[None]:
+    """Poison is finite meanwhile, as what an earlier call leaves behind: an amax ignores NaN, but not this, and a table
+    that holds zeros, unlike one that holds huge numbers, names rows and experts that exist."""
+    global _stale
+    _stale = True
+    try:
+        yield
+    finally:
+        _stale = False
 
 
 def poison_(tensor: Tensor) -> Tensor:
     """Overwrite with NaN (floating formats, all bits of the fp8 code set) or with a large number (integers)."""
+    if _stale:
+        return _overwrite_as_used(tensor)
     if tensor.dtype.is_floating_point:
         if tensor.element_size() == 1:
             tensor.view(torch.uint8).fill_(0x7F)  # NaN in e4m3fn and in e5m2
@@ -36,6 +53,13 @@ def poison_(tensor: Tensor) -> Tensor:
     elif not tensor.dtype.is_complex:
         tensor.fill_(POISON_INT[tensor.element_size()])
     return tensor
+
+
+def _overwrite_as_used(tensor: Tensor) -> Tensor:
+    if tensor.dtype.is_floating_point and tensor.element_size() == 1:
+        tensor.view(torch.uint8).fill_(STALE_CODE)
+        return tensor
+    return tensor.fill_(STALE) if tensor.dtype.is_floating_point else tensor.zero_()
 
 
 def fenced(like: Tensor, device: torch.device | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import math
 import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,10 @@ class Inputs:
     def arguments(self) -> dict[str, Tensor]:
         """What the call is given besides the layer, by name, in order."""
         return {name: getattr(self, name) for name in ("hidden_states", "topk_weights", "topk_ids")}
+
+    def given(self, arguments: dict[str, Tensor], **changes: Any) -> Inputs:
+        """The same with other arguments for the call."""
+        return replace(self, **{**arguments, **changes})
 
 
 def draw(case: Case, device: torch.device = CPU) -> Inputs:

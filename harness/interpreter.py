@@ -164,13 +164,14 @@ def _through_float32(operator, handle):
 
 
 #: By element size: an integer type, and the bits of what nobody defined, NaN in every floating format of that size.
-_UNDEFINED = {1: (np.uint8, 0x7F), 2: (np.uint16, 0x7FFD), 4: (np.uint32, 0x7FFDA5A5), 8: (np.uint64, 0x7FFDA5A57FFDA5A5)}
+_UNDEFINED: dict[int, np.generic] = {
+    1: np.uint8(0x7F), 2: np.uint16(0x7FFD), 4: np.uint32(0x7FFDA5A5), 8: np.uint64(0x7FFDA5A57FFDA5A5)
+}  # fmt: skip
 
 
 def undefined(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """What lanes that are not loaded hold: NaN, or a large number, in an interpreter array of this numpy type."""
-    kind, bits = _UNDEFINED[dtype.itemsize]
-    return np.full(shape, bits, kind).view(dtype) if dtype != bool else np.ones(shape, bool)
+    return np.ones(shape, bool) if dtype.kind == "b" else np.full(shape, _UNDEFINED[dtype.itemsize]).view(dtype)
 
 
 def _mend_loads(interpreter) -> None:

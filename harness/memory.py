@@ -1,5 +1,5 @@
-"""Scenarios of memory and of the host: offsets of 32 bits, batches beyond 2^31 elements, rows that only fill up a batch,
-no waiting for the device, and replays of a captured graph.
+"""Scenarios of memory and of the host: offsets of 32 bits, batches beyond 2^31 elements, rows that only fill up a
+batch, no waiting for the device, and replays of a captured graph.
 
 What lies beyond every tensor is checked in each call of every scenario (harness/fence.py, harness/sanitizer.py).
 """
@@ -51,7 +51,7 @@ def copies(s: Session) -> None:
     few = s.draw(tokens=min(DISTINCT, problem.tokens))
     wanted = s.check(s.prepare(few.case.problem, few.handed), few, "every token once").clone()
     call = s.prepare(problem, few.handed)
-    many = replace(few, **{name: _repeated(t, problem.tokens) for name, t in few.arguments().items()})
+    many = few.given({name: _repeated(t, problem.tokens) for name, t in few.arguments().items()})
     try:
         out, trace = s.call(call, many, f"{problem.tokens} tokens")
     except torch.OutOfMemoryError as error:
@@ -125,14 +125,14 @@ def _padded(given: Inputs, pads: Tensor, variant: str, value: float, ids: int | 
     copies["topk_weights"][pads] = weight
     if ids is not None:
         copies["topk_ids"][pads] = ids
-    return replace(given, **copies, variant=variant)
+    return given.given(copies, variant=variant)
 
 
 def _without(given: Inputs, pads: Tensor) -> Inputs:
     """The batch without these rows."""
     rest = {name: t[~pads] for name, t in given.arguments().items()}
     case = given.case.change(tokens=int((~pads).sum()))
-    return replace(given, case=case, **rest, variant=f"{given.variant}, left out")
+    return given.given(rest, case=case, variant=f"{given.variant}, left out")
 
 
 @scenario("memory.no_wait")
@@ -153,6 +153,14 @@ def no_wait(s: Session) -> None:
     s.require(not found.d2h, f"the call reads from the device: {', '.join(sorted(set(found.d2h)))}")
 
 
+@scenario("memory.stale")
+def stale(s: Session) -> None:
+    """Memory that comes back uninitialised holds finite numbers and small indices, as an earlier call left them."""
+    given, call = start(s)
+    with fence.stale():
+        s.check(call, given, "workspaces full of an earlier call's numbers")
+
+
 @scenario("memory.graph")
 def graph(s: Session) -> None:
     """The call, captured in a graph, answers for what its inputs and weights hold when it is replayed, whatever ran
@@ -161,7 +169,7 @@ def graph(s: Session) -> None:
     if s.device.name != "cuda":
         raise Unsupported("scenario: only CUDA captures graphs here")
     given, call = start(s)
-    mine = replace(given, **{name: fence.keep(t) for name, t in given.arguments().items()})
+    mine = given.given({name: fence.keep(t) for name, t in given.arguments().items()})
     s.check(call, mine, "before it is captured")
     replay: Any = s.device.graph_of(lambda: None, [lambda: call(*mine.arguments().values())])
     s.require(replay is not None, "the call cannot be captured in a graph: it waits for the device")

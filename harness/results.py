@@ -22,7 +22,7 @@ else:  # pytest brings it for Python 3.10
     import tomli as tomllib
 
 SCHEMA = 2  #: of a record, as it is written now
-READABLE = (1, 2)  #: 1: without "perf"
+READABLE = (1, 2)  #: 1: without "perf"; the first of 2 without "cause" and "stage"
 NOT_EXECUTED = ("unsupported",)
 UPDATE = "if that is right, print a new floor with: python3 -m harness floor RESULTS"
 

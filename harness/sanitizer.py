@@ -8,8 +8,8 @@ too wide   an offset computed in 32 bits that a lane follows is as large as a li
 
 A pointer remembers the tensor it came from, and a number or pointer the lanes that were too wide, through every
 operator that makes another of it; what a lane that is masked off holds is nobody's business. What follows from an
-addition, a product, a shift or a conversion is an offset for good; what a remainder, a right shift or a bitwise operator
-makes of it is another number.
+addition, a product, a quotient, a left shift or a conversion is still an offset; what a remainder, a right shift or a
+bitwise operator makes of it is another number.
 """
 
 from __future__ import annotations

@@ -65,14 +65,31 @@ def scenario(name: str) -> Callable:
     return register
 
 
+def known() -> dict[str, Callable[[Session], None]]:
+    """Every scenario by its name."""
+    # They register themselves.
+    from harness import (  # noqa: F401
+        alignment,
+        arguments,
+        configurations,
+        errors,
+        memory,
+        relations,
+        routes,
+        scratch,
+        sequences,
+        swaps,
+    )
+
+    return SCENARIOS
+
+
 def play(session: Session) -> None:
     """Run the case's scenario; ValueError names the scenarios there are."""
-    from harness import alignment, arguments, configurations, errors, memory, relations, routes, scratch, sequences, swaps  # noqa: F401
-
-    name = session.case.scenario
-    if name not in SCENARIOS:
-        raise ValueError(f"scenario={name}: one of {', '.join(sorted(SCENARIOS))}")
-    SCENARIOS[name](session)
+    name, scenarios = session.case.scenario, known()
+    if name not in scenarios:
+        raise ValueError(f"scenario={name}: one of {', '.join(sorted(scenarios))}")
+    scenarios[name](session)
 
 
 def require_promise(s: Session, word: str) -> None:

@@ -20,7 +20,7 @@ from harness import errors, fence, swaps
 from harness.backend import BackendError, Layer
 from harness.device import DeviceLost
 from harness.inputs import in_layout
-from harness.problem import ROUTINGS, DescriptorError, Problem
+from harness.problem import ROUTINGS, Case, DescriptorError, Problem
 from harness.scenario import SCENARIOS, Failed, Unsupported, scenario
 from harness.scratch import buffers
 from harness.simplest import missing, pick, simplest
@@ -64,8 +64,9 @@ class Held:
 
     @property
     def variant(self) -> str:
-        """What tells the layer from one drawn for the same case."""
-        return "+".join((f"drawn for {self.base.problem.activation}", *sorted(self.changed)))
+        """What tells the layer from one that is drawn for the case of a call: it was drawn for another, and changed."""
+        drawn_for = Case(self.base.problem.weights_key(), seed=self.config["seed"])
+        return "+".join((str(drawn_for), *sorted(self.changed)))
 
 
 def _times(factor: float) -> Callable[[Tensor, Problem], Tensor]:

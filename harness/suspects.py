@@ -11,14 +11,16 @@ Only a failed output is asked about, so a suspect that is no mistake here (it co
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.bank import BANK, Suspect, layer, routing, scales  # noqa: F401  they fill the bank
+from harness.backend import Layer
+from harness.bank import BANK, Suspect
 from harness.expected import Expected
 from harness.inputs import Inputs
 from harness.judge import Judgement, judge
@@ -28,6 +30,8 @@ from reference.plan import RoundingPlan
 EQUAL, WHERE_WRONG = "equal, bit for bit, to", "equal, bit for bit, where it is wrong, to"
 WITHIN, CLOSEST = "within rounding of", "closest to"
 SHOWN = 3
+for _module in ("routing", "rows", "layer", "scales"):  # they fill the bank, in this order
+    importlib.import_module(f"harness.bank.{_module}")
 MOST_WEIGHTS, MOST_WORK = 2**22, 2**28  #: elements of the layer, and products of one pass, that the bank is asked for
 TELLING = 32  #: outputs that must agree before a mistake is believed that is made only in places
 #: What must be left of the error (mean square): of a suspect that is judged at all, of one for some rows, of a hint.
@@ -198,6 +202,17 @@ def stale(earlier: Past) -> dict[str, Suspect]:
     return found
 
 
+#: What may be left of a call, and the layer's tensors that this is; the least first.
+LEFTOVERS: dict[str, tuple[str, ...]] = {
+    **{f.name: (f.name,) for f in fields(Layer) if f.name != "problem"},
+    "the weights": ("w13", "w2"),
+    "the scales": ("w13_scale", "w2_scale", "a13_scale", "a2_scale"),
+    "the biases": ("w13_bias", "w2_bias"),
+    "all the layer's tensors": tuple(f.name for f in fields(Layer) if f.name != "problem"),
+    **{what: () for what in ("the output", "router weights", "ids", "hidden_states")},
+}
+
+
 def _left_by(past: Inputs, out: Tensor) -> Iterator[tuple[str, Suspect]]:
     old = on_cpu(past.layer)
 
@@ -221,12 +236,9 @@ def _left_by(past: Inputs, out: Tensor) -> Iterator[tuple[str, Suspect]]:
         return o.resume(out=kept)
 
     yield "the output", rows
-    yield "all the layer's tensors", tensors(tuple(old.tensors()))
-    yield "the weights", tensors(("w13", "w2"))
-    yield "the scales", tensors(("w13_scale", "w2_scale", "a13_scale", "a2_scale"))
-    yield "the biases", tensors(("w13_bias", "w2_bias"))
-    for field in old.tensors():
-        yield field, tensors((field,))
+    for what, names in LEFTOVERS.items():
+        if names:
+            yield what, tensors(names)
     before = Oracle(past)
     yield "router weights", argument("weights", before.weights)
     yield "ids", argument("ids", before.ids)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from harness import explain, fence, inputs
+from harness import diagnosis, fence, inputs
 from harness.check import Session, run
 from harness.device import Device
 from harness.problem import Case
+from harness.scenario import Failed
 from harness.trace import Trace
 from tests.emulated import Emulated
 
@@ -18,7 +19,8 @@ INTEGERS = (torch.int16, torch.int32, torch.int64)
 @pytest.fixture(autouse=True)
 def unexplained(monkeypatch):
     """That an answer is wrong is enough here; to say why takes longer than to find out."""
-    monkeypatch.setattr(explain, "explain", lambda judgement, given, what: ("wrong", f"wrong {what}"))
+    plain = lambda backend, plans, judgement, given, what, *rest: Failed("wrong", f"wrong {what}")  # noqa: E731
+    monkeypatch.setattr(diagnosis, "failure", plain)
 
 
 def beyond(t, n=1):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import test_memory as family
-from harness import explain, scenario
+from harness import diagnosis, scenario
 from harness.battery import rows
 from harness.check import Session, run
 from harness.device import Device
@@ -19,7 +19,8 @@ CPU = Device("cpu")
 @pytest.fixture(autouse=True)
 def unexplained(monkeypatch):
     """That an answer is wrong is enough here; to say why takes longer than to find out."""
-    monkeypatch.setattr(explain, "explain", lambda judgement, given, what: ("wrong", f"wrong {what}"))
+    plain = lambda backend, plans, judgement, given, what, *rest: Failed("wrong", f"wrong {what}")  # noqa: E731
+    monkeypatch.setattr(diagnosis, "failure", plain)
 
 
 def verdict(backend, text):
@@ -27,7 +28,7 @@ def verdict(backend, text):
 
 
 class Changed(Emulated):
-    """A correct backend but for what `change(self, x, weights, ids)` does to the arguments, or the results, of a call."""
+    """A correct backend but for what `before` does to the arguments of a call, or `after` to its result."""
 
     promises = {"no_wait", "graph"}
 
@@ -107,8 +108,8 @@ def test_a_call_that_promises_not_to_wait():
     case = Case.parse("t9-h64-i64-e4-k2-bf16-random-memory.no_wait")
     waits = {
         "item": lambda x, w, i: x * float(w.sum()), "bool": lambda x, w, i: x if bool((i >= 0).all()) else x,
-        "nonzero": lambda x, w, i: x[torch.nonzero(i[:, 0] >= 0).flatten()], "tolist": lambda x, w, i: (i.tolist(), x)[1],
-        "mask": lambda x, w, i: x[i[:, 0] >= 0],
+        "nonzero": lambda x, w, i: x[torch.nonzero(i[:, 0] >= 0).flatten()],
+        "tolist": lambda x, w, i: (i.tolist(), x)[1], "mask": lambda x, w, i: x[i[:, 0] >= 0],
     }  # fmt: skip
 
     def played(backend):

@@ -123,5 +123,6 @@ def test_ci_runs_the_make_targets_and_takes_no_arguments():
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
-    assert "set -euo pipefail" in text and all(f"make {target}" in text for target in ("lint", "test", "structure", "mutants", "verify"))
+    targets = ("lint", "test", "structure", "mutants", "verify")
+    assert "set -euo pipefail" in text and all(f"make {target}" in text for target in targets)
     assert "run: .ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()

@@ -17,6 +17,7 @@ from harness.problem import (
     Problem,
     Quant,
 )
+from harness.scenario import known
 
 
 @st.composite
@@ -83,20 +84,15 @@ def test_a_sweep_drops_empty_tokens():
     ]
 
 
-@pytest.mark.parametrize("module", questions(), ids=lambda m: m.FAMILY)
-def test_every_row_parses_has_a_reason_and_is_asked_once(module):
-    asked = rows(module, Device("cpu"))
-    assert len({r.case for r in asked}) == len(asked) > 20
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+@pytest.mark.parametrize("module", families(), ids=lambda m: m.FAMILY)
+def test_every_row_parses_has_a_reason_and_is_asked_once(module, device):
+    asked = rows(module, Device(device))
+    assert len({r.case for r in asked}) == len(asked) > (20 if module in questions() else 0)
     assert all(r.why for r in asked)
-    from harness import errors, scratch, swaps  # noqa: F401
-    from harness.scenario import SCENARIOS
-
-    assert {r.case.scenario for r in asked} <= set(SCENARIOS)
+    assert {r.case.scenario for r in asked} <= set(known())
 
 
 def test_every_scenario_is_asked_somewhere():
-    from harness import errors, scratch, swaps  # noqa: F401
-    from harness.scenario import SCENARIOS
-
-    asked = {r.case.scenario for m in families() for r in rows(m, Device("cpu"))}
-    assert set(SCENARIOS) - asked == set()
+    asked = {r.case.scenario for m in families() for d in ("cpu", "cuda") for r in rows(m, Device(d))}
+    assert set(known()) - asked == set()

@@ -6,7 +6,7 @@
 
 A suspect takes an Oracle (harness/staged.py) and returns the wrong Answer, or None where the mistake cannot be made;
 where it makes no difference the right answer comes back. `@suspect` with values makes one suspect for each of them. Of
-several that answer alike the one that stands first is named first: `routing` before `layer`, from the top down.
+several that answer alike the one that stands first is named first: `routing`, `rows`, `layer`, `scales`, top down.
 harness/suspects.py compares their answers with a kernel's.
 """
 

@@ -14,8 +14,9 @@ from harness.staged import Answer, Oracle
 from reference.activation import SWIGLUOAI_LIMIT, is_gated, split_gate_up
 from reference.moe import activated_gate, up_factor
 
-#: One kernel may serve both GEMMs, and make its mistake in both.
-GEMMS = {"GEMM 1": ("w13",), "GEMM 2": ("w2",), "both GEMMs": ("w13", "w2")}
+#: One kernel often serves both GEMMs, and makes its mistake in both: that is said first where nothing tells them apart.
+GEMMS = {"both GEMMs": ("w13", "w2"), "GEMM 1": ("w13",), "GEMM 2": ("w2",)}
+BIASES = {"both biases": ("w13_bias", "w2_bias"), "w13_bias": ("w13_bias",), "w2_bias": ("w2_bias",)}
 INF = float("inf")
 PACKED = ("silu", "gelu", "gelu_tanh")
 
@@ -230,32 +231,32 @@ def _clamped(o: Oracle, clamp: Callable[[Tensor, Tensor, float], tuple[Tensor, T
 
 
 # -- biases -----------------------------------------------------------------------------------------------------------
-@suspect("{which} missing", which=("w13_bias", "w2_bias", "both biases"))
+@suspect("{which} missing", which=BIASES)
 def _(o, which):
     return _biased(o, which, torch.zeros_like)
 
 
-@suspect("{which} added twice", which=("w13_bias", "w2_bias", "both biases"))
+@suspect("{which} added twice", which=BIASES)
 def _(o, which):
     return _biased(o, which, lambda b: 2 * b)
 
 
-@suspect("{which} of expert 0 for every expert", which=("w13_bias", "w2_bias", "both biases"))
+@suspect("{which} of expert 0 for every expert", which=BIASES)
 def _(o, which):
     return _biased(o, which, lambda b: b[:1].expand_as(b))
 
 
-@suspect("{which} of the next expert", which=("w13_bias", "w2_bias", "both biases"))
+@suspect("{which} of the next expert", which=BIASES)
 def _(o, which):
     return _biased(o, which, lambda b: b.roll(-1, 0))
 
 
-@suspect("{which} of the expert before", which=("w13_bias", "w2_bias", "both biases"))
+@suspect("{which} of the expert before", which=BIASES)
 def _(o, which):
     return _biased(o, which, lambda b: b.roll(1, 0))
 
 
-@suspect("{which} subtracted", which=("w13_bias", "w2_bias", "both biases"))
+@suspect("{which} subtracted", which=BIASES)
 def _(o, which):
     return _biased(o, which, torch.neg)
 
@@ -314,10 +315,9 @@ def _(o):
 
 
 def _biased(o: Oracle, which: str, change: Callable[[Tensor], Tensor]) -> Answer | None:
-    names = ("w13_bias", "w2_bias") if which == "both biases" else (which,)
     if o.experts.w13_bias is None:
         return None
-    changed: dict[str, Any] = {name: change(getattr(o.experts, name)) for name in names}
+    changed: dict[str, Any] = {name: change(getattr(o.experts, name)) for name in BIASES[which]}
     return o(**changed)
 
 

@@ -1,19 +1,16 @@
-"""Mistakes about who meets whom: router weights, slots, ids, experts, rows of hidden_states and of the output."""
+"""Mistakes about who meets whom: router weights, slots, ids, experts, and the rows of an expert."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from harness.bank import TILES, suspect
 from harness.staged import Answer, Oracle, weighted
-from reference.formats import FORMATS, decode, round_to, ulp
+from reference.formats import round_to
 from reference.moe import local_experts
-
-NAN = float("nan")
 
 
 @suspect("an output of zeros")
@@ -169,6 +166,12 @@ def _(o):
     return o(expert_map=None, num_experts=count, ids=torch.where(o.ids >= 0, o.ids % count, o.ids))
 
 
+@suspect("expert_map taken for a mask: 1 for the experts that are here, 0 for the others")
+def _(o):
+    own = o.experts.expert_map
+    return o(expert_map=(own >= 0).int()) if own is not None and o.problem.local_experts > 1 else None
+
+
 @suspect("expert_map applied twice")
 def _(o):
     own = o.experts.expert_map
@@ -205,148 +208,34 @@ def _(o):
 
 @suspect("the {which} expert's rows left out", which=("first", "last"))
 def _(o, which):
-    return _keep(o, o.s.expert != (0 if which == "first" else o.problem.local_experts - 1))
+    return keep(o, o.s.expert != (0 if which == "first" else o.problem.local_experts - 1))
 
 
 @suspect("the last row of every expert left out")
 def _(o):
     rank, count = _ranks(o)
-    return _keep(o, rank != count - 1)
+    return keep(o, rank != count - 1)
 
 
 @suspect("the first row of every expert left out")
 def _(o):
-    return _keep(o, _ranks(o)[0] != 0)
+    return keep(o, _ranks(o)[0] != 0)
 
 
 @suspect("all but the first row of every expert left out")
 def _(o):
-    return _keep(o, _ranks(o)[0] == 0)
+    return keep(o, _ranks(o)[0] == 0)
 
 
 @suspect("rows behind the last full tile of {tile} of every expert left out", tile=TILES)
 def _(o, tile):
     rank, count = _ranks(o)
-    return _keep(o, rank < count // tile * tile)
+    return keep(o, rank < count // tile * tile)
 
 
 @suspect("all but the first tile of {tile} rows of every expert left out", tile=TILES)
 def _(o, tile):
-    return _keep(o, _ranks(o)[0] < tile)
-
-
-# -- hidden_states and out --------------------------------------------------------------------------------------------
-@suspect("GEMM 2 skipped: only its bias comes out")
-def _(o):
-    return o(w2=torch.zeros_like(o.experts.w2)) if o.experts.w2_bias is not None else None
-
-
-@suspect("hidden_states returned")
-def _(o):
-    return o.resume(out=o.x)
-
-
-@suspect("added to hidden_states")
-def _(o):
-    return o.resume(out=o.s.out + o.x)
-
-
-@suspect("counted twice: the output doubled")
-def _(o):
-    return o.resume(out=2 * o.s.out)
-
-
-@suspect("hidden_states of the next token", step=(-1,))
-@suspect("hidden_states of the token before", step=(1,))
-def _(o, step):
-    return o(x=o.x.roll(step, 0))
-
-
-@suspect("hidden_states of the first token for every token")
-def _(o):
-    return o(x=o.x[:1].expand_as(o.x))
-
-
-@suspect("hidden_states of row p for pair p: the slots not counted")
-def _(o):
-    pair = o.s.token * o.ids.shape[1] + o.s.slot
-    return o.resume(x=o.s.x, row=pair % len(o.x)) if not o.experts.shared else None
-
-
-@suspect("row stride of hidden_states ignored")
-def _(o):
-    x = o.given.hidden_states.cpu()
-    return o(x=decode(x.as_strided(x.shape, (x.shape[1], 1)))) if o.problem.padded and len(x) else None
-
-
-@suspect("output rows of the next token", step=(-1,))
-@suspect("output rows of the token before", step=(1,))
-def _(o, step):
-    return o.resume(out=o.s.out.roll(step, 0))
-
-
-@suspect("tokens behind the last full tile of {tile} never written", tile=(4, 8, *TILES))
-def _(o, tile):
-    return _written(o, torch.arange(len(o.x))[:, None], tile)
-
-
-@suspect("columns behind the last full tile of {tile} never written", tile=(*TILES, 256))
-def _(o, tile):
-    return _written(o, torch.arange(o.x.shape[1]), tile)
-
-
-@suspect("shared experts missing")
-def _(o):
-    return _keep(o, o.s.slot < o.ids.shape[1]) if o.experts.shared else None
-
-
-@suspect("shared experts counted twice")
-def _(o):
-    times = torch.where(o.s.slot < o.ids.shape[1], 1, 2)
-    return o.resume(weight=times * o.s.weight, y=o.s.y) if o.experts.shared else None
-
-
-@suspect("shared experts weighted by the first slot's router weight")
-def _(o):
-    if not o.experts.shared:
-        return None
-    return o.resume(weight=torch.where(o.s.slot < o.ids.shape[1], o.s.weight, o.weights[o.s.token, 0]), y=o.s.y)
-
-
-# -- rounding ---------------------------------------------------------------------------------------------------------
-@suspect("output rounded toward zero")
-def _(o):
-    step = ulp(o.s.out, o.problem.dtype)
-    return o.resume(out=torch.where(torch.isfinite(o.s.out), torch.trunc(o.s.out / step) * step, o.s.out))
-
-
-@suspect("GEMM 1's output rounded to {form}", form=("bf16", "fp16"))
-def _(o, form):
-    return o.resume(h=round_to(o.s.h, form)) if _coarser(o, form) else None
-
-
-@suspect("the activation rounded to {form}", form=("bf16", "fp16"))
-def _(o, form):
-    return o.resume(a=round_to(o.s.a, form)) if _coarser(o, form) else None
-
-
-@suspect("slots rounded to {form}", form=("bf16", "fp16"))
-def _(o, form):
-    return o.resume(slots=round_to(weighted(o.s, o.rounding), form)) if _coarser(o, form) else None
-
-
-@suspect("the sum over the slots rounded to {form} after each", form=("bf16", "fp16"))
-def _(o, form):
-    slots, total = weighted(o.s, o.rounding), torch.zeros_like(o.x)
-    for j in range(int(o.s.slot.max()) + 1 if len(o.s.slot) else 0):
-        mine = o.s.slot == j
-        total = round_to(total.index_add(0, o.s.token[mine], slots[mine]), form)
-    return o.resume(out=total)
-
-
-@suspect("float32 products in tf32")
-def _(o):
-    return o(plan=replace(o.rounding.plan, tf32=True)) if o.problem.dtype == "fp32" else None
+    return keep(o, _ranks(o)[0] < tile)
 
 
 # -- what they share --------------------------------------------------------------------------------------------------
@@ -376,24 +265,12 @@ def _served(o: Oracle, change: Callable[[Tensor, int], Tensor]) -> Answer:
     return o(ids=changed, expert_map=None, num_experts=count)
 
 
-def _keep(o: Oracle, pairs: Tensor) -> Answer:
+def keep(o: Oracle, pairs: Tensor) -> Answer:
     """Only these pairs [P] add anything."""
     return o.resume(slots=torch.where(pairs[:, None], weighted(o.s, o.rounding), 0.0))
-
-
-def _written(o: Oracle, places: Tensor, tile: int) -> Answer | None:
-    """Only the rows or columns of full tiles: those at these places."""
-    count = places.numel()
-    if count <= tile or count % tile == 0:
-        return None
-    return o.resume(out=torch.where(places < count // tile * tile, o.s.out, NAN))
 
 
 def _ranks(o: Oracle) -> tuple[Tensor, Tensor]:
     """[P] and [P]: the place of a pair among those of its expert, and how many those are."""
     same = o.s.expert[:, None] == o.s.expert[None, :]
     return torch.tril(same, -1).sum(1), same.sum(1)
-
-
-def _coarser(o: Oracle, form: str) -> bool:
-    return FORMATS[form].precision < FORMATS[o.problem.dtype].precision or form != o.problem.dtype

@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from harness.bank import suspect
-from harness.bank.layer import GEMMS
+from harness.bank.layer import BIASES, GEMMS
 from harness.staged import Answer, Oracle
 from reference.formats import round_to
 from reference.quant import BLOCK, expand_scale, quantize_activation
+
+SCALES = {"both weights' scales": ("w13_scale", "w2_scale"), "w13_scale": ("w13_scale",), "w2_scale": ("w2_scale",)}
 
 
 # -- of the weights ---------------------------------------------------------------------------------------------------
 def _weights(what: str, change: Callable[[Tensor], Tensor | None], only: str = "") -> None:
     """A suspect for the scale of each weight, and of both: changed, if the granularity is `only`."""
 
-    @suspect(f"{{which}} {what}", which=("w13_scale", "w2_scale", "both weights' scales"))
+    @suspect(f"{{which}} {what}", which=SCALES)
     def _(o, which):
-        names = (which,) if which.startswith("w") else ("w13_scale", "w2_scale")
         if o.layer.w13_scale is None or only not in ("", o.problem.quant.weight):
             return None
-        changed = {name: change(getattr(o.layer, name)) for name in names}
+        changed = {name: change(getattr(o.layer, name)) for name in SCALES[which]}
         return None if any(s is None for s in changed.values()) else o(layer=replace(o.layer, **changed))
 
 
@@ -97,7 +98,7 @@ def _(o):
     return o(layer=replace(o.layer, w13_scale=b, w2_scale=a)) if a is not None and a.shape == b.shape else None
 
 
-@suspect("{which} added before the scales", which=("w13_bias", "w2_bias", "both biases"))
+@suspect("{which} added before the scales", which=BIASES)
 def _(o, which):
     """Where scales wait for the whole sum: the bias is multiplied by all of them."""
     if o.experts.w13_bias is None or o.layer.w13_scale is None:
@@ -198,6 +199,32 @@ def _(o, gemm):
 @suspect("activation scale rounded up to a power of two in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _requantized(o, gemm, lambda rows, scale: _power_of_two(scale, up=True))
+
+
+@suspect("activation scale rounded up to a power of two, the codes not, in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _rescaled(o, gemm, lambda codes, scale: codes * _power_of_two(scale, up=True))
+
+
+@suspect("activation scale stored in bf16 in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _rescaled(o, gemm, lambda codes, scale: codes * round_to(scale, "bf16"))
+
+
+@suspect("activation codes cut off at 240 in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _rescaled(o, gemm, lambda codes, scale: codes.clamp(-240, 240) * scale)
+
+
+@suspect("the batch's activation scale from the rows that are served here only")
+def _(o):
+    if o.experts.activation_quant != "tensor" or o.experts.a13_scale is not None or not len(o.s.row):
+        return None
+
+    def of_these(rows: Tensor, scale: Tensor) -> Tensor:
+        return quantize_activation(rows[o.s.row], "tensor")[1][:1, :1].expand_as(scale)
+
+    return _requantized(o, "GEMM 1", of_these)
 
 
 @suspect("activation scale made for a largest code of 240 in {gemm}", gemm=GEMMS)

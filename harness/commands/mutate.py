@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -78,6 +79,7 @@ def mutate(args: argparse.Namespace) -> int:
     for name, bug in elsewhere.items():
         print(f"not asked {name}: only {bug.device} can show it")
     bar = _Bar(len(tasks), len(outcomes))
+    before = {number: signal.signal(number, bar.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for found in runner.run(todo, jobs, bar.watch):
             found.digest = marks[found.mutant]
@@ -90,6 +92,8 @@ def mutate(args: argparse.Namespace) -> int:
         return 130
     finally:
         file.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     bar.clear()
     print("\n".join(table.told(outcomes, known, whole=args.all or bool(rules))))
     if rules:
@@ -99,7 +103,8 @@ def mutate(args: argparse.Namespace) -> int:
             args.markdown.write_text(table.markdown(rows), encoding="utf-8")
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"\n{bar.seconds:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of CPU time; results: {path}")
-    return _verdict(args, outcomes)
+    # Emulated is a contract that few backends have: who has none of them is not asked, and need not be.
+    return _verdict(args, [found for found in outcomes if not (device.emulated and found.outcome == "unasked")])
 
 
 def _verdict(args: argparse.Namespace, outcomes: list[Any]) -> int:
@@ -184,13 +189,22 @@ class _Bar:
         self._total, self._done, self._before = total, done, done
         self._started = time.monotonic()
         self._terminal = sys.stdout.isatty()
+        self._interrupted = False
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
+    def interrupt(self, *_: Any) -> None:
+        """For a signal. Raised in the middle of a fork, KeyboardInterrupt would be lost: it waits for `watch`, once."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+
     def watch(self, names: list[str]) -> None:
-        """Shows how far it is, and who is at work."""
+        """Shows how far it is, and who is at work; KeyboardInterrupt if there was a signal."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         if not self._terminal:
             return
         full = 24 * self._done // self._total

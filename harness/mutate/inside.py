@@ -66,12 +66,14 @@ def _answers(bug: Bug, asking: Asking, questions: Questions | None, parent: Conn
 
     torch.set_num_threads(1)
     backends._installed.clear()
-    device = Device(asking.device, emulated=asking.device not in devices.present())
+    device = Device(asking.device, emulated=asking.device == "xpu" and "xpu" not in devices.present())
     try:
         chosen = {spec: backends.load(spec) for spec in bug.backends}
     except backends.BackendError as error:
         yield _judged(bug, *START, "crashed", str(error))
         return
+    if device.emulated:
+        chosen = {spec: backend for spec, backend in chosen.items() if getattr(backend, "xpu_contract", False)}
     if questions is None:
         yield from _counted(bug, device, None)
         return
@@ -136,7 +138,11 @@ class _Cases:
         try:
             if check.why_not(row.case, backend, self._device):
                 return
-            yield at
+        except Exception as error:  # of the backend's supports()
+            yield _judged(self._bug, *at, "crashed", f"{type(error).__name__}: {error}")
+            return
+        yield at
+        try:
             verdict = check.run(row.case, backend, self._device, row.family)
         except (devices.DeviceLost, backends.BackendError) as error:
             yield _judged(self._bug, *at, "crashed", f"{type(error).__name__}: {error}")

@@ -44,6 +44,7 @@ def order(bug: Bug, device: Device) -> list[Row]:
 
     found = sorted(((relevance(question), question) for question in _questions(device)), key=lambda pair: pair[0])
     turns = _in_turn(found, lambda pair: (pair[0], pair[1].kind, pair[1].row.case.scenario))
+    turns = _in_turn(turns, lambda pair: (pair[0], pair[1].row.family))
     return [question.row for _, question in sorted(turns, key=lambda pair: pair[0])]
 
 

@@ -85,7 +85,7 @@ def _flash_attention(judged: Judged) -> bool:
 
 
 def _flashinfer_bench(judged: Judged) -> bool:
-    if not torch.isfinite(judged.out).all():
+    if not (torch.isfinite(judged.out) & torch.isfinite(judged.expected)).all():
         return False
     relative = judged.error / (judged.expected.float().abs() + 1e-8)
     return bool(((judged.error > 1e-2) & (relative > 1e-2)).double().mean() <= 1 - 0.95)

@@ -197,6 +197,7 @@ class BatchedMM(_Transformers):
 
     name = "transformers-batched-mm"
     implementation = "batched_mm"
+    nan_safe = False  # an id without expert reads another expert's weights, times zero
 
     def supports(self, problem: Any, device: str | None = None) -> str | None:
         """None or "<keyword>: reason"."""
