@@ -32,6 +32,7 @@ ROWS = {
     **sweep("t3-h128-i64-e8-k2-{d}-random-relation.unused_nan", "what nobody asks for is not multiplied by zero", d=("bf16", "fp32", "bf16-kn-bias-e4m3.channel.token", "bf16-ep2.1")),
     **sweep("t9-h128-i64-e8-k2-{d}-random-relation.nan_rows", "rows that pad a batch are full of NaN", d=("bf16-invalid", "fp32-ep4.1", "bf16-kn-bias-invalid-e4m3.block.none", "bf16-invalid-padded-e4m3.channel.token")),
     **sweep("t5-h96-i64-e2-k1-{d}-random-relation.batch_invariant", "a token's bits do not depend on its batch", d=("bf16", "fp32", "bf16-e4m3.block.group")),
+    **sweep("t5-h64-i32-e6-k4-{d}-random-relation.batch_invariant", "nor does the order of its slots", d=("bf16", "fp32")),
     "t2-h64-i64-e16-k2-bf16-random-relation.batch_invariant": "nor on the path: alone on the low-latency path, together not",
     **sweep("t5-h72-i40-e2-k2-{d}-config.all", "every tile there is, with tails in all of them", d=("bf16-bias", "fp32", "bf16-e4m3.channel.token")),
     "t5-h136-i72-e2-k1-bf16-e4m3.block.group-kn-config.all": "every tile of two blocks, each with a scale of its own",

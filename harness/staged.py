@@ -69,12 +69,12 @@ class Oracle:
 
     def __call__(
         self, x: Tensor | None = None, weights: Tensor | None = None, ids: Tensor | None = None,
-        layer: Layer | None = None, plan: RoundingPlan | None = None, **of_experts: Any,
+        layer: Layer | None = None, rounding: Rounding | None = None, **of_experts: Any,
     ) -> Answer:  # fmt: skip
-        """The answer for another x, router weights or ids, layer (on the CPU, in layout "nk"), plan, or fields of
+        """The answer for another x, router weights or ids, layer (on the CPU, in layout "nk"), rounding, or fields of
         Experts."""
         experts = replace(self.experts if layer is None else dense(layer), **of_experts)
-        rounding = self.rounding if plan is None else replace(self.rounding, plan=plan)
+        rounding = rounding or self.rounding
         x, weights = self.x if x is None else x, self.weights if weights is None else weights
         return Answer(forward(x, weights, self.ids if ids is None else ids, experts, rounding), experts, rounding)
 
@@ -84,11 +84,12 @@ class Oracle:
         other.rounding, other.quantized = self.rounding, self.quantized
         return other
 
-    def resume(self, slots: Tensor | None = None, **known: Tensor) -> Answer:
+    def resume(self, slots: Tensor | None = None, **known: Tensor | None) -> Answer:
         """The answer that follows from values of ORDER: fields of Stages, and slots [P, K], what is added up. Fields
         that are no values (row, expert, weight) may come along."""
         experts, rounding, plan = self.experts, self.rounding, self.rounding.plan
-        s = replace(self.s, **known)
+        given: dict[str, Any] = known
+        s = replace(self.s, **given)
         last = max(ORDER.index(n) for n in (*known, *(["slots"] if slots is not None else [])) if n in ORDER)
         if last < ORDER.index("h"):
             h = linear(s.expert, s.x[s.row], experts.w13, experts.w13_bias, rounding)

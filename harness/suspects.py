@@ -87,7 +87,7 @@ def name(
     assert judgement.got is not None and judgement.wrong is not None and judgement.expected is not None
     if judgement.passed or not affordable(given):
         return None
-    asked = {**BANK, **stale(earlier or [])}
+    asked = {**stale(earlier or []), **BANK}  # where a call before may explain it, it explains it best
     got = judgement.got.cpu()
     if given.case.fill == "exact":
         found = _equal(got, judgement.expected.cpu(), Oracle(given), asked)

@@ -24,12 +24,12 @@ PACKED = ("silu", "gelu", "gelu_tanh")
 # -- weights ----------------------------------------------------------------------------------------------------------
 @suspect("gate and up swapped")
 def _(o):
-    return _rows(o, lambda n: _pairs(o, n).flip(1), packed=o.experts.activation != "swigluoai")
+    return _rows(o, _pairs(o).flip(1))
 
 
 @suspect("gate and up interleaved taken for packed, or packed for interleaved")
 def _(o):
-    return _rows(o, lambda n: _pairs(o, n), packed=o.experts.activation == "swigluoai")
+    return _rows(o, _pairs(o, other=True))
 
 
 @suspect("{name} read as if transposed", name=("w13", "w2"))
@@ -75,6 +75,14 @@ def _(o, tile, gemm):
     return _columns(o, gemm, lambda size: slice((size - 1) // tile * tile) if size > tile else None)
 
 
+@suspect("neighbouring terms of K swapped in the weights of {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    stacks = {name: getattr(o.experts, name) for name in GEMMS[gemm]}
+    if any(w.shape[2] % 2 for w in stacks.values()):
+        return None
+    return o(**{name: w.unflatten(2, (-1, 2)).flip(3).flatten(2) for name, w in stacks.items()})
+
+
 @suspect("output columns behind the last full tile of {tile} zero in {gemm}", tile=TILES, gemm=GEMMS)
 def _(o, tile, gemm):
     changed = {}
@@ -100,18 +108,19 @@ def _columns(o: Oracle, gemm: str, which: Callable[[int], slice | None]) -> Answ
     return o(**changed)
 
 
-def _pairs(o: Oracle, n: int) -> Tensor:
-    """[n / 2, 2] the rows of w13 that are gate and up of one another."""
-    rows = torch.arange(n)
-    return rows.reshape(-1, 2) if o.experts.activation == "swigluoai" else rows.reshape(2, -1).T
+def _pairs(o: Oracle, other: bool = False) -> Tensor:
+    """[I, 2] the rows of w13 that are gate and up of one another, or would be in the other arrangement."""
+    rows = torch.arange(o.experts.w13.shape[1])
+    interleaved = (o.experts.activation == "swigluoai") != other
+    rows = rows[: len(rows) // 2 * 2]
+    return rows.reshape(-1, 2) if interleaved else rows.reshape(2, -1).T
 
 
-def _rows(o: Oracle, pairs: Callable[[int], Tensor], packed: bool) -> Answer | None:
-    """w13 and its bias with their rows in another order: pairs [I, 2], laid out packed or interleaved."""
+def _rows(o: Oracle, pairs: Tensor) -> Answer | None:
+    """w13 and its bias with these rows [I, 2] for gate and up."""
     if not is_gated(o.experts.activation):
         return None
-    chosen = pairs(o.experts.w13.shape[1])
-    order = (chosen.T if packed else chosen).reshape(-1)
+    order = (pairs if o.experts.activation == "swigluoai" else pairs.T).reshape(-1)
     bias = o.experts.w13_bias
     return o(w13=o.experts.w13[:, order], w13_bias=None if bias is None else bias[:, order])
 

@@ -12,6 +12,9 @@ from harness.staged import Answer, Oracle, weighted
 from reference.formats import round_to
 from reference.moe import local_experts
 
+#: What becomes of rows that are forgotten: zeros, or the NaN that unwritten memory is full of.
+FATES = {"left out": 0.0, "never written": float("nan")}
+
 
 @suspect("an output of zeros")
 def _(o):
@@ -206,36 +209,36 @@ def _(o):
     return o(ids=o.ids.view(torch.int32).flatten()[: o.ids.numel()].reshape(o.ids.shape).long())
 
 
-@suspect("the {which} expert's rows left out", which=("first", "last"))
-def _(o, which):
-    return keep(o, o.s.expert != (0 if which == "first" else o.problem.local_experts - 1))
+@suspect("the {which} expert's rows {fate}", fate=FATES, which=("first", "last"))
+def _(o, fate, which):
+    return keep(o, o.s.expert != (0 if which == "first" else o.problem.local_experts - 1), FATES[fate])
 
 
-@suspect("the last row of every expert left out")
-def _(o):
+@suspect("the last row of every expert {fate}", fate=FATES)
+def _(o, fate):
     rank, count = _ranks(o)
-    return keep(o, rank != count - 1)
+    return keep(o, rank != count - 1, FATES[fate])
 
 
-@suspect("the first row of every expert left out")
-def _(o):
-    return keep(o, _ranks(o)[0] != 0)
+@suspect("the first row of every expert {fate}", fate=FATES)
+def _(o, fate):
+    return keep(o, _ranks(o)[0] != 0, FATES[fate])
 
 
-@suspect("all but the first row of every expert left out")
-def _(o):
-    return keep(o, _ranks(o)[0] == 0)
+@suspect("all but the first row of every expert {fate}", fate=FATES)
+def _(o, fate):
+    return keep(o, _ranks(o)[0] == 0, FATES[fate])
 
 
-@suspect("rows behind the last full tile of {tile} of every expert left out", tile=TILES)
-def _(o, tile):
+@suspect("rows behind the last full tile of {tile} of every expert {fate}", fate=FATES, tile=TILES)
+def _(o, fate, tile):
     rank, count = _ranks(o)
-    return keep(o, rank < count // tile * tile)
+    return keep(o, rank < count // tile * tile, FATES[fate])
 
 
-@suspect("all but the first tile of {tile} rows of every expert left out", tile=TILES)
-def _(o, tile):
-    return keep(o, _ranks(o)[0] < tile)
+@suspect("all but the first tile of {tile} rows of every expert {fate}", fate=FATES, tile=TILES)
+def _(o, fate, tile):
+    return keep(o, _ranks(o)[0] < tile, FATES[fate])
 
 
 # -- what they share --------------------------------------------------------------------------------------------------
@@ -265,9 +268,9 @@ def _served(o: Oracle, change: Callable[[Tensor, int], Tensor]) -> Answer:
     return o(ids=changed, expert_map=None, num_experts=count)
 
 
-def keep(o: Oracle, pairs: Tensor) -> Answer:
-    """Only these pairs [P] add anything."""
-    return o.resume(slots=torch.where(pairs[:, None], weighted(o.s, o.rounding), 0.0))
+def keep(o: Oracle, pairs: Tensor, instead: float = 0.0) -> Answer:
+    """Only these pairs [P] add anything; the others are added as `instead`."""
+    return o.resume(slots=torch.where(pairs[:, None], weighted(o.s, o.rounding), instead))
 
 
 def _ranks(o: Oracle) -> tuple[Tensor, Tensor]:

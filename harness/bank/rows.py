@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from harness.bank import TILES, suspect
 from harness.bank.routing import keep
 from harness.staged import Answer, Oracle, weighted
 from reference.formats import FORMATS, decode, round_to, ulp
+from reference.moe import Rounding
 
 NAN = float("nan")
 
@@ -124,9 +125,30 @@ def _(o, form):
     return o.resume(out=total)
 
 
-@suspect("float32 products in tf32")
-def _(o):
-    return o(plan=replace(o.rounding.plan, tf32=True)) if o.problem.dtype == "fp32" else None
+@suspect("the outputs of both GEMMs rounded to {form}", form=("bf16", "fp16"))
+def _(o, form):
+    if not _coarser(o, form):
+        return None
+    s = o.resume(h=round_to(o.s.h, form)).stages
+    return o.resume(h=s.h, a=s.a, operand=s.operand, y=s.y, slots=round_to(weighted(s, o.rounding), form))
+
+
+@dataclass(frozen=True)
+class _Narrow(Rounding):
+    """Operands of the products in another format."""
+
+    form: str = "tf32"
+
+    def operand(self, value: Tensor) -> Tensor:
+        return round_to(value, self.form)
+
+
+@suspect("float32 products in bf16", form=("bf16",))
+@suspect("float32 products in tf32 or fp16", form=("tf32",))
+def _(o, form):
+    if o.problem.dtype != "fp32":
+        return None
+    return o(rounding=_Narrow(o.rounding.plan, o.rounding.io, o.rounding.repeat, form))
 
 
 def _written(o: Oracle, places: Tensor, tile: int) -> Answer | None:

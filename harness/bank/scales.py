@@ -39,10 +39,20 @@ def _transposed(scale: Tensor) -> Tensor:
     return scale.reshape(len(scale), scale.shape[2], scale.shape[1]).transpose(1, 2)
 
 
+def _half_apart(scale: Tensor) -> Tensor | None:
+    """The scale of expert e read where e / 2 begins."""
+    size = scale[0].numel()
+    if size < 2:
+        return None
+    places = torch.arange(len(scale))[:, None] * (size // 2) + torch.arange(size)
+    return scale.reshape(-1)[places].reshape(scale.shape)
+
+
 _weights("missing", torch.ones_like)
 _weights("of expert 0 for every expert", lambda s: s[:1].expand_as(s))
 _weights("of the next expert", lambda s: s.roll(-1, 0))
 _weights("of the expert before", lambda s: s.roll(1, 0))
+_weights("at half of an expert's stride", _half_apart)
 _weights("applied twice", lambda s: s**2)
 _weights("inverted", lambda s: 1 / s)
 _weights("rounded up to a power of two", lambda s: _power_of_two(s, up=True))
@@ -109,7 +119,8 @@ def _(o, which):
         answer = o.resume(h=o.s.h + more)
     if which != "w13_bias":
         more = _scaled_bias(o, "w2", o.s.expert, o.s.a_scale)
-        answer = o.resume(h=answer.stages.h, a=answer.stages.a, operand=answer.stages.operand, y=answer.stages.y + more)
+        s = answer.stages
+        answer = o.resume(h=s.h, a=s.a, a_ratio=s.a_ratio, a_scale=s.a_scale, operand=s.operand, y=s.y + more)
     return answer
 
 
@@ -126,14 +137,14 @@ def _scaled_bias(o: Oracle, name: str, expert: Tensor, rows: Tensor | None) -> T
 # -- of the activations -----------------------------------------------------------------------------------------------
 @suspect("activations not quantized")
 def _(o):
-    return o(plan=replace(o.rounding.plan, quantizes_activations=False)) if o.quantized else None
+    return _quantizing(o, False) if o.quantized else None
 
 
 @suspect("activations quantized though they should not be")
 def _(o):
     if not o.experts.activation_quant or o.quantized:
         return None
-    return o(plan=replace(o.rounding.plan, quantizes_activations=True))
+    return _quantizing(o, True)
 
 
 @suspect("activations not quantized in {gemm}", gemm=("GEMM 1", "GEMM 2"))
@@ -245,6 +256,10 @@ def _(o, gemm):
     return _requantized(o, gemm, lambda rows, scale: torch.full_like(scale, sum(pair)) - scale)
 
 
+def _quantizing(o: Oracle, whether: bool) -> Answer:
+    return o(rounding=replace(o.rounding, plan=replace(o.rounding.plan, quantizes_activations=whether)))
+
+
 def _operand(o: Oracle, gemm: str, change: Callable[[Tensor, bool], Tensor]) -> Answer | None:
     """A GEMM gets change(the rows before they were quantized, whether they are GEMM 1's)."""
     if not o.quantized:
@@ -252,7 +267,7 @@ def _operand(o: Oracle, gemm: str, change: Callable[[Tensor, bool], Tensor]) -> 
     answer = o.resume(x=change(o.rows(), True)) if "w13" in GEMMS[gemm] else o.right
     if "w2" in GEMMS[gemm]:
         s = answer.stages
-        answer = o.resume(x=s.x, h=s.h, a=s.a, operand=change(s.a, False))
+        answer = o.resume(x=s.x, h=s.h, a=s.a, a_ratio=s.a_ratio, a_scale=s.a_scale, operand=change(s.a, False))
     return answer
 
 

@@ -47,7 +47,7 @@ def fuzz(args: argparse.Namespace) -> int:
     if reason := backends.unavailable(backend, device):
         raise Wrong(f"--backend {args.backend} on {device}: {reason.partition(': ')[2]}")
 
-    from harness.apart import Apart
+    from harness.apart import Apart, Broken
     from harness.fuzz import SEQUENCES, Space
     from harness.fuzz import fuzz as search
 
@@ -56,11 +56,14 @@ def fuzz(args: argparse.Namespace) -> int:
     again = f"python3 -m harness fuzz --backend {args.backend} --device {device.name} --seed {seed} --bytes {most}"
     again += " --sequences" if args.sequences else ""
     print(f"moe-harness: {backend.name} on {device}, seed {seed}", flush=True)
-    with Apart(args.backend, device) as apart:
-        told = search(
-            apart, SEQUENCES if args.sequences else Space(), seed=seed, seconds=args.seconds, most=most,
-            examples=args.examples, progress=_progress,
-        )  # fmt: skip
+    try:
+        with Apart(args.backend, device) as apart:
+            told = search(
+                apart, SEQUENCES if args.sequences else Space(), seed=seed, seconds=args.seconds, most=most,
+                examples=args.examples, progress=_progress,
+            )  # fmt: skip
+    except Broken as error:
+        raise Wrong(f"--backend {args.backend}: {str(error).splitlines()[-1]}") from error
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     print("\n".join(_counted(told)))

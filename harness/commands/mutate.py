@@ -20,7 +20,6 @@ from harness.device import DEVICES
 FLOOR = 0.98  #: of the bugs must be noticed
 ONE_IN = 6  #: entries that --part takes
 CONTROL_RUNS, CONTROL_RUNS_OF_PART = 2000, 200
-MORE = 30  #: runs of a bug after the first that notices it, with --all
 #: Seconds for a bug and for a case. A GPU compiles what it runs.
 LIMITS = {"cpu": (120.0, 60.0), "gpu": (300.0, 300.0)}
 
@@ -33,7 +32,7 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument("--jobs", type=int, metavar="N", help="mutants at a time (all cores; on a GPU at most 12)")
     sub.add_argument("--results", type=Path, metavar="PATH", help="the file to write; what it holds is not run again")
     sub.add_argument("--part", action="store_true", help=f"one in {ONE_IN}, of every class: what CI runs")
-    sub.add_argument("--all", action="store_true", help=f"{MORE} cases more for each bug, after the first that notices")
+    sub.add_argument("--all", action="store_true", help="go on with each bug after the first case that notices")
     sub.add_argument(
         "--against", metavar="RULE", help="judge the same calls by a rule of the field too, or by all of them (all)"
     )
@@ -150,7 +149,7 @@ def _named(known: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
 
 def _tasks(args: argparse.Namespace, chosen: dict[str, Any], device: Any, rules: tuple[str, ...], jobs: int) -> list:
     from harness.mutate import runner
-    from harness.mutate.asking import MEMORY, Asking
+    from harness.mutate.asking import MEMORY, MORE, Asking
 
     limit, case_limit = LIMITS["cpu" if device.interprets_triton else "gpu"]
     whole = args.all or bool(rules)

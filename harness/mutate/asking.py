@@ -13,6 +13,7 @@ from harness.battery import Row
 #: crashed: an exception. died: the process. structure: another number of launches, allocations, operators, waits,
 #: copies, Python calls, or other tiles.
 NOTICED = ("failed", "promise", "crashed", "hung", "died", "structure")
+MORE = 30  #: runs of a bug that go on after one has noticed it, where they do
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  #: bytes of this machine
 START = ("the import of its kernels", "", "")  #: where a process is before its first case: case, backend, family
 

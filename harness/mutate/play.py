@@ -19,15 +19,13 @@ from pathlib import Path
 
 from harness.device import Device
 from harness.mutate import counts, inside
-from harness.mutate.asking import START, Asking, Questions, Run
+from harness.mutate.asking import MORE, START, Asking, Questions, Run
 from harness.mutate.bugs import Bug, BugError, read
 from harness.mutate.counts import Counts
 from harness.mutate.order import order, spread
 
 _TICK = 0.25  #: seconds between two looks at what a process uses
 _PATIENCE = 5  #: how much longer than its limit a case may take that does not work, but waits
-#: Runs of a bug that go on after one has noticed it.
-MORE = 30
 
 
 class Mutant:
@@ -137,15 +135,19 @@ def listen(mutant: Mutant) -> Iterator[Run]:
 
 def right_counts(device_name: str, specs: tuple[str, ...]) -> Counts:
     """What the kernels as they are do, by case and backend: counted once, in a process of its own."""
-    key = (device_name, specs)
-    if key not in _RIGHT:
+    missing = tuple(spec for spec in specs if (device_name, spec) not in _RIGHT)
+    if missing:
         found: Counts = {}
-        for run in listen(Mutant(Bug("as they are", "", "", (), counts.FAMILY, (), specs), Asking(device_name))):
+        for run in listen(Mutant(Bug("as they are", "", "", (), counts.FAMILY, (), missing), Asking(device_name))):
             if run.telling:
                 raise RuntimeError(f"{run.case} on {run.backend}: {run.status} without any bug: {run.reason}")
             found[run.case, run.backend] = run.more["counts"]
-        _RIGHT[key] = found
-    return _RIGHT[key]
+        for spec in missing:
+            _RIGHT[device_name, spec] = {key: value for key, value in found.items() if key[1] == spec}
+    return {key: value for spec in specs for key, value in _RIGHT[device_name, spec].items()}
+
+
+_RIGHT: dict[tuple[str, str], Counts] = {}
 
 
 def prepare(device: Device) -> None:
@@ -155,9 +157,6 @@ def prepare(device: Device) -> None:
 
         interpreter.enable()
         import torch._dynamo  # noqa: F401  as does the first operator under a dispatch mode, for two seconds
-
-
-_RIGHT: dict[tuple[str, tuple[str, ...]], Counts] = {}
 
 
 def main(names: list[str]) -> int:

@@ -1,0 +1,160 @@
+"""harness/fuzz.py, harness/apart.py and the command: what is wrong for some problems is found, and shrunk."""
+
+import re
+import sys
+from collections import defaultdict
+
+import pytest
+
+from harness import cli, fuzz
+from harness.apart import Apart
+from harness.device import Device
+from harness.problem import GRAMMAR, Case
+from harness.simplest import missing, simplest
+
+if reason := missing():
+    pytest.skip(reason, allow_module_level=True)
+
+CPU = Device("cpu")
+SMALL = ["--bytes", "64K", "--seconds", "600"]
+
+
+def told(capsys, *arguments):
+    code = cli.main(["fuzz", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def found(out):
+    """The Case that a run ended with."""
+    return Case.parse(re.search(r"harness run (\S+) --backend tests\.fuzzed", out)[1])
+
+
+# -- what it finds ----------------------------------------------------------------------------------------------------
+def test_a_tail_of_the_inner_size_is_found_and_shrunk(capsys):
+    code, out, _ = told(capsys, "--backend", "tests.fuzzed:InnerTail", "--seed", "1", "--examples", "200", *SMALL)
+    problem = found(out).problem
+    assert code == 1
+    assert problem.intermediate_size % 16 and problem.intermediate_size <= 24
+    assert (problem.tokens, problem.num_experts, problem.top_k) == (1, 1, 1)
+    assert problem.quant is None and not problem.bias and problem.ep is None and not problem.padded
+
+
+def test_a_conjunction_is_found_and_shrunk_to_it(capsys):
+    backend = ["--backend", "tests.fuzzed:ThreeTokensAndBias"]
+    code, out, _ = told(capsys, *backend, "--seed", "2", "--examples", "500", *SMALL)
+    case = found(out)
+    assert code == 1 and case.problem.tokens == 3 and case.problem.bias
+    assert case.scenario == "once" and case.problem.num_experts == 1 and case.problem.layout == "nk"
+
+
+def test_what_is_printed_runs_it_again_and_is_a_row(capsys):
+    command = ["--backend", "tests.fuzzed:InnerTail", "--seed", "3", "--examples", "200", *SMALL]
+    _, out, _ = told(capsys, *command)
+    case = found(out)
+    assert f'\n  "{case}": "WHY' in out and f"one line of ROWS in {fuzz.home(case)}:" in out
+    count = re.search(r"found after (\d+) problems", out)[1]
+    again = re.search(r"\n  python3 -m harness (fuzz .*)\n", out)[1].split()
+    assert again[-2:] == ["--examples", count] and again[again.index("--seed") + 1] == "3"
+    code, repeated, _ = told(capsys, *again[1:])
+    assert code == 1 and found(repeated) == case
+    assert cli.main(["run", str(case), "--backend", "tests.fuzzed:InnerTail"]) == 1
+
+
+def test_a_process_that_dies_is_a_verdict(capsys):
+    code, out, _ = told(capsys, "--backend", "tests.fuzzed:Dies", "--seed", "1", "--examples", "50", *SMALL)
+    assert code == 1 and " crashed: the process ended with SIGSEGV\n" in out
+    assert found(out).problem.padded
+
+
+def test_a_call_that_hangs_costs_its_process_only():
+    with Apart("tests.fuzzed:Hangs", CPU, limit=2) as apart:
+        hung = apart.run(Case.parse("t3-h64-i32-e4-k2-bf16-exact"))
+        assert hung.status == "hung" and hung.reason == "no answer in 2 s" and "in wrong" in hung.report
+        assert apart.run(Case.parse("t4-h64-i32-e4-k2-bf16-exact")).status == "passed"
+
+
+def test_a_right_backend_is_not_accused_and_what_ran_is_counted(capsys):
+    code, out, _ = told(capsys, "--backend", "tests.fuzzed:Right", "--seed", "4", "--examples", "40", *SMALL)
+    assert code == 0 and out.endswith("nothing found\n")
+    assert re.search(r"^40 problems in \d+ s \(", out, re.M) and " exact" in out and " fp8" in out
+
+
+def test_sequences_are_fuzzed_too(capsys):
+    backend = ["--backend", "tests.stateful:SharedByShape", "--sequences"]
+    code, out, _ = told(capsys, *backend, "--seed", "0", "--examples", "20", "--seconds", "600")
+    assert code == 1 and "-sequence.calls failed: after " in out and "cases/test_sequences.py" in out
+
+
+# -- what it draws ----------------------------------------------------------------------------------------------------
+def test_every_field_of_the_grammar_is_drawn_within_the_budget():
+    seen, cases = defaultdict(set), []
+
+    def ask(case):
+        cases.append(case)
+        assert Case.parse(str(case)) == case
+        for rule in GRAMMAR:
+            seen[rule.field].add(rule.show(case))
+
+    assert simplest(fuzz.cases(fuzz.Space(), 2**20), ask, seed=0, examples=300, shrinks=0) is None
+    assert len(cases) > 250
+    sizes = [fuzz.counted(case.problem) for case in cases]
+    assert sum(size > 2**20 for size in sizes) <= len(sizes) * 0.05  # the smallest there are: many experts
+    few = [rule.field for rule in GRAMMAR if len(seen[rule.field]) < 2]
+    assert few == []
+    assert {"remote", "nobody", None} <= seen["routing"] and {"exact", "random", "extreme"} == seen["fill"]
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--backend", "nobody"], "--backend nobody: no such backend; known: "),
+        (["--backend", "tests.fuzzed:Right", "--bytes", "12Q"], "--bytes 12Q: a number of bytes, or of K, M, G"),
+        (["--backend", "tests.fuzzed:Right", "--seconds", "0"], "--seconds 0: more than 0"),
+        (["--backend", "tests.fuzzed:Right", "--examples", "-1"], "--examples -1: more than 0"),
+        (["--backend", "tests.fuzzed:Right", "--seed", "-1"], "--seed -1: 0 or more"),
+        (["--backend", "tests.fuzzed:Gibberish"], "--backend tests.fuzzed:Gibberish: harness.backend.BackendError: "),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys, arguments, message):
+    code, _, err = told(capsys, *arguments)
+    assert code == 2 and err.startswith(f"moe-harness: {message}") and err.count("\n") == 1
+
+
+def test_without_hypothesis_the_command_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("harness.simplest.find_spec", lambda name: None)
+    code, out, err = told(capsys, "--backend", "tests.fuzzed:Right")
+    assert code == 2 and out == ""
+    assert err == "moe-harness: fuzz: the package hypothesis is not installed (pip install hypothesis)\n"
+
+
+def test_nothing_that_ran_is_not_green(capsys):
+    code, out, _ = told(capsys, "--backend", "tests.fuzzed:Refuses", "--seed", "1", "--seconds", "1")
+    assert code == 1 and "unsupported" in out and "nothing ran: fuzzed supports none of these problems" in out
+
+
+def test_a_seed_is_chosen_and_printed(capsys):
+    seeds = set()
+    for _ in range(2):
+        _, out, _ = told(capsys, "--backend", "tests.fuzzed:Right", "--examples", "1", *SMALL)
+        seeds.add(re.match(r"moe-harness: fuzzed on cpu, seed (\d+)\n", out)[1])
+    assert len(seeds) == 2
+
+
+@pytest.mark.parametrize(
+    "descriptor, file",
+    [
+        ("t3-h64-i32-e4-k2-bf16-random-swap.w2", "weight_swap"),
+        ("t3-h64-i32-e4-k2-bf16-exact-sequence.calls", "sequences"),
+        ("t3-h64-i32-e4-k1-bf16-win-exact", "router_weight_on_input"),
+        ("t1-h64-i32-e8-k2-bf16-exact", "low_latency"),
+        ("t9-h64-i32-e8-k2-bf16-e4m3.block.none-kn-exact", "fp8_transpose"),
+        ("t9-h64-i32-e8-k2-bf16-repeat.bits-exact", "layers"),
+    ],
+)
+def test_each_case_has_a_home(descriptor, file):
+    assert fuzz.home(Case.parse(descriptor)) == f"cases/test_{file}.py"
+    __import__(f"cases.test_{file}")
+    assert f"cases.test_{file}" in sys.modules
