@@ -35,7 +35,7 @@ CPU_ROWS = {
     **sweep("t4-h128-i64-e128-k4-{d}-memory.offsets32", "many experts, few rows: the low-latency path", d=("bf16-kn", "bf16-e4m3.block.group")),
     "t5-h128-i192-e4-k2-bf16-e4m3.block.none-memory.offsets32": "columns of one expert: 256 x 128 of w13 lie before its last tile",
     **sweep("t267-h64-i32-e4-k2-{d}-memory.copies", "more blocks than one for every expert, and a tail", d=("bf16-e4m3.tensor.tensor", "fp32-kn")),
-    "t129-h64-i32-e16-k8-bf16-ep4.1-memory.copies": "most pairs have no expert here",
+    "t129-h64-i32-e15-k8-bf16-ep3.1-memory.copies": "over 1024 pairs, which are counted in chunks; most have no expert here",
 }  # fmt: skip
 
 GPU_ROWS = {

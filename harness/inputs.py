@@ -177,10 +177,11 @@ def _layer(problem: Problem, fill: str, seed: int, rng: torch.Generator) -> Laye
         else:
             for name, shape in shapes.items():
                 value = torch.randn(shape, generator=rng, device=device)
-                spread = (SIGMA if name == "w13" else 1.0) / math.sqrt(shape[1])
-                weights[name][e] = (
-                    (value * CODE_SIGMA).clamp(-448, 448).to(stored) if quant else (value * spread).to(stored)
-                )
+                spread = CODE_SIGMA if quant else (SIGMA if name == "w13" else 1.0) / math.sqrt(shape[1])
+                value = value * spread
+                if fill == "extreme" and name == "w2":
+                    _extreme_outputs(value, spread, stored)
+                weights[name][e] = (value.clamp(-448, 448) if quant else value).to(stored)
                 biases[name][e] = (torch.randn(shape[0], generator=rng, device=device) * 0.5).to(io)
     static = {}
     if quant and quant.activation == "tensor_static":
@@ -193,6 +194,16 @@ def _layer(problem: Problem, fill: str, seed: int, rng: torch.Generator) -> Laye
         biases["w13"] if problem.bias else None, biases["w2"] if problem.bias else None,
         **static, expert_map=places if places is None else fence.keep(places),
     )  # fmt: skip
+
+
+def _extreme_outputs(w2: Tensor, spread: float, stored: torch.dtype) -> None:
+    """Outputs whose weights lie at the edges of a narrow format: every fifth among the subnormal numbers, and, in fp8,
+    every fifth at the largest. Subnormal numbers of bf16 and fp32 are so small that devices may flush them."""
+    if stored in (torch.bfloat16, torch.float32):
+        return
+    w2[1::5] *= 0.4 * torch.finfo(stored).tiny / spread
+    if stored.itemsize == 1:
+        w2[2::5] = 448 * w2[2::5].sign()
 
 
 def _forced(problem: Problem, w13: Tensor, s: exact.Structure) -> Tensor:

@@ -7,7 +7,6 @@ import math
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
@@ -48,6 +47,7 @@ def register(add: Callable[..., Any]) -> None:
 
 def mutate(args: argparse.Namespace) -> int:
     from harness.mutate import bugs, order, play, runner, store, table
+    from harness.mutate.progress import Progress
 
     rules = _rules(args)
     if not 0 <= args.floor <= 1:
@@ -63,6 +63,8 @@ def mutate(args: argparse.Namespace) -> int:
         raise Wrong(f"--device {args.device}: {reason}")
     elsewhere = {name: bug for name, bug in chosen.items() if bug.device not in ("", device.name)}
     chosen = {name: bug for name, bug in chosen.items() if name not in elsewhere}
+    if not chosen:
+        raise Wrong(f"--device {device.name}: can show none of {', '.join(elsewhere)}")
     play.prepare(device)
     jobs = _count("--jobs", args.jobs, _jobs(device))
     tasks = _tasks(args, chosen, device, rules, jobs)
@@ -70,38 +72,38 @@ def mutate(args: argparse.Namespace) -> int:
     file = store.Store(path, str(device))
     suite = store.suite_digest()
     marks = {task.bug.name: store.digest(task.bug, task.asking, suite) for task in tasks}
-    outcomes = [file.known[mark] for mark in marks.values() if mark in file.known]
-    todo = [task for task in tasks if marks[task.bug.name] not in file.known]
-    print(f"moe-harness: {_said(chosen)} on {device}, {jobs} at a time, into {path}")
+    outcomes = [found for mark in marks.values() if (found := file.known(mark))]
+    done = {found.mutant for found in outcomes}
+    print(f"moe-harness: {_said(chosen)} on {device}, {jobs} at a time, into {path}", flush=True)
     if outcomes:
         print(f"moe-harness: {len(outcomes)} of them are in it already")
     for name, bug in elsewhere.items():
         print(f"not asked {name}: only {bug.device} can show it")
-    bar = _Bar(len(tasks), len(outcomes))
-    before = {number: signal.signal(number, bar.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    progress = Progress(len(tasks), len(outcomes))
+    before = {number: signal.signal(number, progress.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for found in runner.run(todo, jobs, bar.watch):
+        for found in runner.run([task for task in tasks if task.bug.name not in done], jobs, progress.watch):
             found.digest = marks[found.mutant]
             file.append(found)
             outcomes.append(found)
-            bar.done(table.line(found))
+            progress.done(table.line(found))
     except KeyboardInterrupt:
-        bar.clear()
+        progress.clear()
         print(f"moe-harness: interrupted, {len(outcomes)} of {len(tasks)} done; to go on: --results {path}")
         return 130
     finally:
         file.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-    bar.clear()
+    progress.clear()
     print("\n".join(table.told(outcomes, known, whole=args.all or bool(rules))))
     if rules:
         rows = table.against(outcomes, rules)
         print("\n".join(["", *table.plain(rows)]))
         if args.markdown:
-            args.markdown.write_text(table.markdown(rows), encoding="utf-8")
+            _write(args.markdown, table.markdown(rows))
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"\n{bar.seconds:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of CPU time; results: {path}")
+    print(f"\n{progress.seconds:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of CPU time; results: {path}")
     # Emulated is a contract that few backends have: who has none of them is not asked, and need not be.
     return _verdict(args, [found for found in outcomes if not (device.emulated and found.outcome == "unasked")])
 
@@ -120,6 +122,13 @@ def _verdict(args: argparse.Namespace, outcomes: list[Any]) -> int:
         print(f"moe-harness: {killed} of {asked} bugs noticed, the floor is {args.floor:.0%}")
         return 1
     return 1 if wrong or accused else 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Wrong(f"--markdown {path}: {error.strerror}") from error
 
 
 def _rules(args: argparse.Namespace) -> tuple[str, ...]:
@@ -179,46 +188,3 @@ def _jobs(device: Any) -> int:
 def _said(chosen: dict[str, Any]) -> str:
     controls = sum(bug.control for bug in chosen.values())
     return f"{len(chosen) - controls} bugs and {controls} correct variants"
-
-
-class _Bar:
-    """On a terminal one line that is rewritten; elsewhere a line for each mutant."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self._total, self._done, self._before = total, done, done
-        self._started = time.monotonic()
-        self._terminal = sys.stdout.isatty()
-        self._interrupted = False
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def interrupt(self, *_: Any) -> None:
-        """For a signal. Raised in the middle of a fork, KeyboardInterrupt would be lost: it waits for `watch`, once."""
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-
-    def watch(self, names: list[str]) -> None:
-        """Shows how far it is, and who is at work; KeyboardInterrupt if there was a signal."""
-        if self._interrupted:
-            raise KeyboardInterrupt
-        if not self._terminal:
-            return
-        full = 24 * self._done // self._total
-        new = self._done - self._before
-        left = f", {self.seconds / new * (self._total - self._done) / 60:.0f} min left" if new > 2 else ""
-        text = f"[{'#' * full}{'.' * (24 - full)}] {self._done}/{self._total}{left}: {', '.join(names)}"
-        print(f"\r\033[K{text[: os.get_terminal_size().columns - 1]}", end="", flush=True)
-
-    def done(self, line: str) -> None:
-        """One more is done."""
-        self._done += 1
-        self.clear()
-        print(line, flush=True)
-
-    def clear(self) -> None:
-        """Takes the line away."""
-        if self._terminal:
-            print("\r\033[K", end="", flush=True)

@@ -99,13 +99,18 @@ def digest(bug: Bug, asking: Asking, suite: str) -> str:
 
 
 class Store:
-    """The file, and what it holds already: `known`, by digest."""
+    """The file, and what it holds already."""
 
     def __init__(self, path: Path, device: str) -> None:
         records = results.read(path)[0] if path.exists() else []
-        self.known = {r["digest"]: Outcome.of(r) for r in records if "mutant" in r}
+        self._records = {record["digest"]: record for record in records if "mutant" in record}
         self.path, self._device = path, device
         self._file = results.Results(path, results.commit(ROOT))
+
+    def known(self, digest: str) -> Outcome | None:
+        """What came of the entry with this digest, if the file says."""
+        record = self._records.get(digest)
+        return Outcome.of(record) if record else None
 
     def append(self, found: Outcome) -> None:
         self._file.append({"device": self._device, **found.record()})
