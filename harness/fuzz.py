@@ -7,6 +7,7 @@ process apart (harness/apart.py). What a backend declares not to support is not 
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,14 +21,14 @@ from harness.problem import ACTIVATION_GRANULARITIES as TAKEN
 from harness.problem import ACTIVATIONS, DTYPES, LAYOUTS, ROUTINGS, Case, ExpertParallel, Problem, Quant
 from harness.problem import WEIGHT_FORMATS as FORMATS
 from harness.problem import WEIGHT_GRANULARITIES as SCALED
-from harness.simplest import pick, simplest
+from harness.simplest import FAR, place, simplest
 from harness.verdict import Verdict
 
 SHRINKS, SHRINKING = 400, 120  #: cases, and seconds, to shrink one with
 ENDLESS = 1_000_000  #: examples, where only seconds count
 WORK = 64  #: multiplications a case may take for every byte of the budget: the oracle computes each in float64
 SCHEMES = tuple(Quant.parse(f"{f}.{w}.{a}") for f, w, a in product(FORMATS, SCALED, TAKEN))
-FILLS = ("exact", "exact", "exact", "random", "random", "extreme")
+FILLS = ("exact", "exact", "exact", "exact", "exact", "random", "random", "extreme")
 LIMITS = [128.0, 256.0, 7.0, 2.0, 0.5]
 FEW = 32  #: below this hidden_size an extreme row has no room: one outlier times one weight leaves fp16
 #: Cheap ones that hold for every problem, or are Unsupported; the second part only where sums need not be exact.
@@ -50,7 +51,7 @@ WIDTHS = edges(*TILES, 384, 4096, also=(1, 8, 24, 40, 48, 56, 72, 80, 96, 101, 1
 
 @dataclass(frozen=True)
 class Space:
-    """What a Case may be made of."""
+    """What a Case may be made of; sizes ascend."""
 
     tokens: tuple[int, ...] = edges(*TILES, also=(0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 23, 47, 97, 193))
     hidden: tuple[int, ...] = WIDTHS
@@ -63,8 +64,8 @@ class Space:
 
 #: Problems for sequences of calls, each of which is many: what is mixed matters there, not the sizes.
 SEQUENCES = Space(
-    tokens=(2, 1, 3, 5, 9, 17, 20), hidden=(64, 48, 80, 136), inner=(32, 40, 64, 72), experts=(4, 2, 3, 8, 16, 24),
-    top_k=(2, 1, 3), scenarios=("sequence.calls",), once=False,
+    tokens=(1, 2, 3, 5, 9, 17, 20), hidden=(48, 64, 80, 136), inner=(32, 40, 64, 72), experts=(2, 3, 4, 8, 16, 24),
+    top_k=(1, 2, 3), scenarios=("sequence.calls",), once=False,
 )  # fmt: skip
 
 
@@ -82,13 +83,17 @@ def cases(space: Space, most: int) -> Any:
     @strategies.composite
     def case(draw: Callable[[Any], Any]) -> Case:
         def one(options: Sequence[Any]) -> Any:
-            return draw(pick(options))
+            return options[draw(place(len(options))) - FAR]
 
         def fitting(name: str, options: tuple[int, ...]) -> Problem:
-            """The problem with the largest sizes left out that would make it too large; the smallest always fits."""
-            sizes: list[dict[str, Any]] = [{name: n} for n in options]
-            each = [replace(problem, **size) for size in sizes]
-            return one([p for p in each if counted(p) <= most] or [min(each, key=counted)])
+            """The problem with one of the sizes that do not make it too large; the smallest is always among them."""
+
+            def sized(n: int) -> Problem:
+                change: dict[str, Any] = {name: n}
+                return replace(problem, **change)
+
+            fits = bisect_right(options, most, key=lambda n: counted(sized(n)))
+            return sized(one(options[: max(1, fits)]))
 
         # Always as many choices, whatever they are: one that changes while shrinking must not change what others mean.
         dtype, experts = one(DTYPES), one(space.experts)
@@ -96,11 +101,11 @@ def cases(space: Space, most: int) -> Any:
         quant, activation, limit = (
             one([None] * len(SCHEMES) + list(SCHEMES)),
             one(ACTIVATIONS),
-            one([None] * 8 + LIMITS),
+            one([None] * 12 + LIMITS),
         )
-        ranks = one([0] * 9 + [n for n in (2, 1, 3, 4, 8, 16) if experts % n == 0])
+        ranks = one([0] * 5 + [n for n in (2, 1, 3, 4, 8, 16) if experts % n == 0])
         rank, strided, on_input = one(range(16)), one([False, True]), one([False, True])
-        routing = one(["uniform", *ROUTINGS])
+        routing = one(["uniform", *ROUTINGS, "remote"])
         problem = Problem(  # its sizes leave room for others than the smallest
             4, 1, 32, experts, top_k, dtype, quant if dtype != "fp32" else None, activation,
             limit=limit if activation != "relu2" else None,
@@ -116,7 +121,7 @@ def cases(space: Space, most: int) -> Any:
         problem = fitting("hidden_size", space.hidden)
         problem = fitting("intermediate_size", space.inner)
         problem = fitting("tokens", space.tokens)
-        fill = one(FILLS if inexact(problem) is None else FILLS[3:])
+        fill = one(FILLS if inexact(problem) is None else FILLS[5:])
         if problem.hidden_size < FEW and fill == "extreme":
             fill = "random"
         partial = PARTIAL if space.once and fill != "exact" else ()

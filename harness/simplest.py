@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -26,11 +27,17 @@ def missing() -> str | None:
     return None if find_spec("hypothesis") else "the package hypothesis is not installed (pip install hypothesis)"
 
 
-def pick(options: Sequence[Any]) -> Any:
-    """A strategy for one of these; a failing example shrinks towards the first."""
+@cache
+def place(count: int) -> Any:
+    """A strategy for FAR, FAR + 1, ..., so many."""
     from hypothesis import strategies
 
-    return strategies.integers(FAR, FAR + len(options) - 1).map(lambda place: options[place - FAR])
+    return strategies.integers(FAR, FAR + count - 1)
+
+
+def pick(options: Sequence[Any]) -> Any:
+    """A strategy for one of these; a failing example shrinks towards the first."""
+    return place(len(options)).map(lambda place: options[place - FAR])
 
 
 def simplest(
