@@ -12,8 +12,8 @@ QUANTS = ("e4m3.block.group", "e4m3.channel.token", "e4m3.tensor.tensor", "e4m3.
 ROWS = {
     **sweep("t13-h200-i72-e5-k3-bf16-{q}-bias-padded-ids64-random", "ragged ends of every operand, NaN behind each", q=("", *QUANTS)),
     **sweep("t13-h200-i72-e5-k3-bf16-{q}-kn-random", "and of their transposes", q=("bias", "e4m3.block.none")),
-    **sweep("t11-h136-i136-e6-k2-{d}-ep2.1-{o}-extreme", "NaN in the first and last column of neighbouring rows, tails of K",
-            d=("bf16", "bf16-e4m3.block.group"), o=("padded", "kn")),
+    **sweep("t11-h136-i136-e6-k2-{d}-{o}-extreme", "NaN in the first and last column of neighbouring rows, tails of K",
+            d=("bf16", "bf16-e4m3.block.group-ep2.1"), o=("padded", "kn")),
     **sweep("t2-h136-i72-e17-k2-{d}-bias-extreme", "the same on the low-latency path", d=("bf16", "bf16-e4m3.block.group")),
     **sweep("t15-h128-i64-e8-k2-bf16-{q}-random-memory.padding_rows", "rows that fill up a batch, in every scheme of scales", q=("", *QUANTS)),
     **sweep("t15-h128-i64-e8-k2-{d}-memory.padding_rows", "and exactly", d=("bf16-e4m3.tensor.tensor", "fp32-ep2.0-bias", "bf16-kn-relu2-ids64-padded")),
@@ -21,6 +21,7 @@ ROWS = {
     "t3-h128-i64-e32-k2-bf16-e4m3.tensor.tensor-memory.padding_rows": "on the low-latency path",
     **sweep("t24-h128-i64-e8-k2-{d}-{r}-memory.stale", "what an earlier call left in memory, where no pair has written",
             d=("bf16", "bf16-e4m3.tensor.tensor", "bf16-e4m3.block.group-kn", "fp32-bias-kn"), r=("invalid", "ep4.1", "half")),
+    **sweep("t24-h128-i64-e8-k2-bf16-e4m3.tensor.tensor-{r}-random-memory.stale", "exact codes do not tell one scale from another", r=("invalid", "ep4.1")),
     **sweep("t4-h128-i64-e32-k2-{d}-invalid-memory.stale", "and on the low-latency path", d=("bf16-kn", "bf16-e4m3.tensor.tensor")),
     **sweep("t9-h128-i64-e8-k2-{d}-memory.no_wait", "no value comes back to the host",
             d=("fp32-ep2.1", "bf16-kn-bias-ids64-invalid", "bf16-kn-e4m3.block.group", "bf16-e4m3.tensor.tensor", "bf16-e4m3.tensor.static")),

@@ -97,25 +97,38 @@ def padding_rows(s: Session) -> None:
     hidden_states, served or not, NaN ignored. There a row of finite numbers counts whoever serves it, and these are
     some times the largest: 11, which moves every code, or 8 on the exact fill, where scales are powers of two.
     """
-    given, call = start(s)
+    given = s.draw()
     problem = given.case.problem
     pads = torch.arange(problem.tokens, device=given.topk_ids.device) % 3 == 2
     pads[problem.tokens * 3 // 4 :] = True
-    x = given.hidden_states
+    largest = float(given.hidden_states.abs().nan_to_num().amax())
     per_tensor = problem.quant is not None and problem.quant.activation == "tensor"
     times = 8 if s.case.fill == "exact" else 11
-    large = times * float(x.abs().nan_to_num().amax()) if per_tensor else torch.finfo(x.dtype).max
+    large = times * largest if per_tensor else torch.finfo(given.hidden_states.dtype).max
     nan = float("nan")
-    unserved = s.why_not(replace(problem, routing="invalid"))
-    if unserved is None:
+
+    with_invalid_ids = replace(problem, routing="invalid")
+    if s.why_not(with_invalid_ids) is None:
+        layer = replace(given.handed, problem=with_invalid_ids)
+        call = s.prepare(with_invalid_ids, layer)
         for value, what in ((nan, "NaN"), (large, "large")):
-            padded = _padded(given, pads, f"{what} without a valid id", value, ids=-1, weight=nan)
-            s.check(call, padded, f"rows of {what} without a valid id")
-    padded = _padded(given, pads, "NaN of weight 0", nan, ids=None, weight=0.0)
-    out, trace = s.call(call, padded, "rows of NaN whose weights are 0")
-    s.traces.append(trace)
+            padded = _padded(replace(given, handed=layer), pads, f"{what} without a valid id", value, -1, nan)
+            # 0 * NaN, in such a row itself, is what a backend may declare.
+            whole = getattr(s.backend, "nan_safe", True) or (per_tensor and value == large)
+            _check_beside(s, call, padded, None if whole else pads, f"rows of {what} without a valid id")
+    padded = _padded(given, pads, "NaN of weight 0", nan, None, 0.0)
     # What such a row itself gives is nobody's contract: 0 * NaN, or nothing.
-    s.accept(out[~pads], _without(padded, pads), "beside rows of NaN whose weights are 0")
+    _check_beside(s, s.prepare(problem, given.handed), padded, pads, "rows of NaN whose weights are 0")
+
+
+def _check_beside(s: Session, call: Callable[..., Tensor], given: Inputs, pads: Tensor | None, what: str) -> None:
+    """A call, judged by all rows but `pads`."""
+    if pads is None:
+        s.check(call, given, what)
+        return
+    out, trace = s.call(call, given, what)
+    s.traces.append(trace)
+    s.accept(out[~pads], _without(given, pads), f"beside {what}")
 
 
 def _padded(given: Inputs, pads: Tensor, variant: str, value: float, ids: int | None, weight: float) -> Inputs:

@@ -24,7 +24,7 @@ from harness.bank import BANK, Suspect
 from harness.expected import Expected
 from harness.inputs import Inputs
 from harness.judge import Judgement, judge
-from harness.staged import Oracle, on_cpu
+from harness.staged import Answer, Oracle, on_cpu
 from reference.plan import RoundingPlan
 
 EQUAL, WHERE_WRONG = "equal, bit for bit, to", "equal, bit for bit, where it is wrong, to"
@@ -102,13 +102,21 @@ def name(
     return hint
 
 
-def _equal(got: Tensor, right: Tensor, o: Oracle, asked: dict[str, Suspect]) -> Naming | None:
-    wrong = ~_same(got, right)
-    everywhere, places = [], []
+def _answers(o: Oracle, asked: dict[str, Suspect]) -> Iterator[tuple[str, Answer]]:
+    """What the suspects answer. Nothing but NaN says nothing: many mistakes end in it."""
     for suspect, function in asked.items():
         answer = function(o)
         if answer is None:
             continue
+        out = answer.stages.out
+        if not out.isnan().any() or (torch.isfinite(out) & (out != 0)).any():
+            yield suspect, answer
+
+
+def _equal(got: Tensor, right: Tensor, o: Oracle, asked: dict[str, Suspect]) -> Naming | None:
+    wrong = ~_same(got, right)
+    everywhere, places = [], []
+    for suspect, answer in _answers(o, asked):
         out = o.stored(answer)
         differs = ~_same(out, right)
         if not differs.any() or not _same(out, got)[wrong].all():
@@ -136,10 +144,7 @@ def _close(got: Tensor, o: Oracle, asked: dict[str, Suspect]) -> Naming | None:
     unit = variance.clamp(min=float(variance.mean()) * 1e-6 if len(variance) else 1.0).clamp(min=1e-300)
     base = _error(got, right.out, unit)
     whole, part, hints = [], [], []
-    for suspect, function in asked.items():
-        answer = function(o)
-        if answer is None:
-            continue
+    for suspect, answer in _answers(o, asked):
         error = _error(got, answer.stages.out, unit)
         # A row that is NaN is like any other: alone it speaks for no suspect.
         better = (error < base) & ~(answer.stages.out.isnan() & ~right.out.isnan()).any(1)
@@ -209,7 +214,7 @@ LEFTOVERS: dict[str, tuple[str, ...]] = {
     "the scales": ("w13_scale", "w2_scale", "a13_scale", "a2_scale"),
     "the biases": ("w13_bias", "w2_bias"),
     "all the layer's tensors": tuple(f.name for f in fields(Layer) if f.name != "problem"),
-    **{what: () for what in ("the output", "router weights", "ids", "hidden_states")},
+    **{what: () for what in ("router weights", "ids", "hidden_states", "the output")},
 }
 
 
@@ -235,7 +240,6 @@ def _left_by(past: Inputs, out: Tensor) -> Iterator[tuple[str, Suspect]]:
         kept[: len(out)] = out[: len(kept)]
         return o.resume(out=kept)
 
-    yield "the output", rows
     for what, names in LEFTOVERS.items():
         if names:
             yield what, tensors(names)
@@ -243,6 +247,7 @@ def _left_by(past: Inputs, out: Tensor) -> Iterator[tuple[str, Suspect]]:
     yield "router weights", argument("weights", before.weights)
     yield "ids", argument("ids", before.ids)
     yield "hidden_states", argument("x", before.x)
+    yield "the output", rows
 
 
 def _fits(mine: Tensor | None, other: Tensor) -> bool:

@@ -131,8 +131,8 @@ def test_without_hypothesis_the_command_says_so(capsys, monkeypatch):
 
 
 def test_nothing_that_ran_is_not_green(capsys):
-    code, out, _ = told(capsys, "--backend", "tests.fuzzed:Refuses", "--seed", "1", "--seconds", "1")
-    assert code == 1 and "unsupported" in out and "nothing ran: fuzzed supports none of these problems" in out
+    code, out, _ = told(capsys, "--backend", "tests.fuzzed:Refuses", "--seed", "1", "--seconds", "0.5")
+    assert code == 1 and "nothing ran: fuzzed supports none of these problems" in out
 
 
 def test_a_seed_is_chosen_and_printed(capsys):

@@ -202,6 +202,16 @@ def _(o):
     return o(ids=torch.where((o.ids < 0).cumsum(1) > 0, -1, o.ids))
 
 
+@suspect("slots that nobody serves added all the same")
+def _(o):
+    return _unwritten(o, lambda served: ~served.all(1))
+
+
+@suspect("tokens that nobody serves never written")
+def _(o):
+    return _unwritten(o, lambda served: ~served.any(1))
+
+
 @suspect("int64 ids read as int32")
 def _(o):
     if o.given.topk_ids.dtype != torch.int64:
@@ -233,7 +243,7 @@ def _(o, fate):
 @suspect("rows behind the last full tile of {tile} of every expert {fate}", fate=FATES, tile=TILES)
 def _(o, fate, tile):
     rank, count = _ranks(o)
-    return keep(o, rank < count // tile * tile, FATES[fate])
+    return keep(o, rank < count // tile * tile, FATES[fate]) if (count >= tile).any() else None
 
 
 @suspect("all but the first tile of {tile} rows of every expert {fate}", fate=FATES, tile=TILES)
@@ -266,6 +276,12 @@ def _served(o: Oracle, change: Callable[[Tensor, int], Tensor]) -> Answer:
     count = o.problem.local_experts
     changed = torch.where(local >= 0, change(local.clamp(min=0), count), -1)
     return o(ids=changed, expert_map=None, num_experts=count)
+
+
+def _unwritten(o: Oracle, tokens: Callable[[Tensor], Tensor]) -> Answer:
+    """NaN for some tokens [T], chosen by which of their slots are served [T, k]."""
+    lost = tokens(local_experts(o.ids, o.problem.num_experts, o.experts.expert_map) >= 0)
+    return o.resume(out=torch.where(lost[:, None], FATES["never written"], o.s.out))
 
 
 def keep(o: Oracle, pairs: Tensor, instead: float = 0.0) -> Answer:
