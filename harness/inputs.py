@@ -89,13 +89,15 @@ def _generator(case: Case, purpose: str, device: torch.device) -> torch.Generato
 def _extreme_rows(problem: Problem, x: Tensor) -> Tensor:
     """Rows at the edges of the format, in turn: as drawn, NaN in the first column (which whoever reads past the end of
     the row before meets), large, zero, tiny, one outlier, a common sign, NaN in the last column."""
-    kind = torch.arange(len(x), device=x.device) % 8
+    kind = torch.arange(len(x), device=x.device) % 9
     tiny = 2.0**-9 if problem.dtype == "fp16" else 2.0**-20
     x[kind == 2] *= 12
     x[kind == 3] = 0
     x[kind == 4] *= tiny
     x[kind == 5, problem.hidden_size // 2] = 96
     x[kind == 6] += 2
+    if problem.dtype != "fp16" and not (problem.quant and problem.quant.activation == "tensor"):
+        x[kind == 8] *= 2.0**24  # infinite for whoever has float16 on the way
     # One NaN would make a dynamic scale over all rows NaN: what then happens to the others is nobody's contract.
     if not (problem.quant and problem.quant.activation == "tensor"):
         x[kind == 1, 0] = math.nan
@@ -220,7 +222,12 @@ def _scales(problem: Problem, fill: str, experts: int, shape: tuple[int, int], r
     if fill == "exact":
         return 2.0 ** (torch.randint(3, (experts, *granules), generator=rng, device=rng.device) - 1.0)
     spread = (SIGMA if shape[1] == problem.hidden_size else 1.0) / math.sqrt(shape[1]) / CODE_SIGMA
-    return spread * (0.5 + torch.rand(experts, *granules, generator=rng, device=rng.device))
+    scales = spread * (0.5 + torch.rand(experts, *granules, generator=rng, device=rng.device))
+    if fill == "extreme":
+        # Experts, rows and blocks that nobody trained: checkpoints have scales of 0 for them, or of 1e-23.
+        scales.view(-1)[3::7] = 0.0
+        scales.view(-1)[5::7] *= 2.0**-70
+    return scales
 
 
 def _expand(scale: Tensor, granularity: str, shape: torch.Size) -> Tensor:

@@ -76,6 +76,14 @@ def pointers(s: Session) -> None:
     inverse = first.inv_permuted_idx.flatten().long()
     s.require(bool((inverse[pairs] == torch.arange(rows, device=pairs.device)).all()), "inv_permuted_idx is no inverse")
     s.require(int((inverse >= 0).sum()) == rows, "inv_permuted_idx names rows that do not exist")
+    numbers = torch.arange(len(first.expert_ids), device=pairs.device)
+    owner = torch.searchsorted(first.expert_first_token_offset, numbers, right=True) - 1
+    owner = torch.where(numbers < rows, owner, -1)
+    s.require(
+        bool((first.expert_ids == owner).all()), "expert_ids are not what expert_first_token_offset says, or not -1"
+    )
+    s.require(bool((first.permuted_idx[rows:] == -1).all()), "permuted_idx names pairs behind the last row")
+    s.require(not bool(first.hidden_states[rows:].any()), "rows behind the last pair are not zeros")
     call = s.prepare(given.case.problem, given.handed, scratch=scratch)
     s.check(call, given)
 
