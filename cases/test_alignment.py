@@ -20,6 +20,7 @@ ROWS = {
     **sweep("t{t}-h1-i1-e6-k1-bf16-{r}random-align.{s}", "pairs around chunks of 1024", t=(1023, 1024, 1025, 2048, 2049), r=("", "invalid-"),
             s=("b3", "b64", "kept")),
     "t16385-h1-i1-e4-k4-bf16-ids64-random-align.b64": "more pairs than 64 chunks of 1024",
+    "t2100-h1-i1-e5-k1-bf16-random-align.b16": "three chunks, and a number of experts that is no power of two",
     "t65537-h1-i1-e1-k1-bf16-random-align.b128": "an expert with more pairs than 16 bits count",
     **sweep("t33-h1-i1-e16-k2-bf16-ep{p}-{r}random-align.{s}", "experts of one rank", p=("1.0", "2.0", "2.1", "4.2s", "16.3"), r=("", "ids64-", "invalid-"),
             s=("b3", "b16", "kept", "local")),

@@ -15,6 +15,8 @@ ROWS = {
             q=("e4m3.tensor.none-kn", "e4m3.channel.token", "e4m3.block.group", "e4m3.block.none-kn"),
             e=("scale_missing", "scale_shape", "transposed", "hidden_size")),
     **sweep("t9-h256-i64-e8-k2-bf16-ep2.1-{l}-error.expert_map_length", "a map for other experts", l=("nk", "kn")),
+    **sweep("t9-h256-i64-e8-k2-bf16-{o}-error.layer_device", "a weight, a bias, a scale, a static scale, a map on another device",
+            o=("", "bias-kn", "e4m3.channel.none-kn", "e4m3.tensor.static", "ep2.1", "ep2.1-kn")),
     **sweep("t1-h256-i64-e16-k2-bf16-error.{e}", "the low-latency path checks as well", e=("hidden_size", "weights_dtype", "ids_dtype", "out_shape")),
 }  # fmt: skip
 

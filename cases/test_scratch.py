@@ -13,7 +13,7 @@ ROWS = {
     **sweep("t9-h128-i64-e8-k{k}-bf16-scratch.{s}", "top_k 1 and 8", k=(1, 8), s=("reuse", "pointers", "sizes", "ids", "refuses")),
     **sweep("t9-h128-i64-e8-k2-{d}-scratch.{s}", "other dtypes", d=("fp16", "fp32"), s=("reuse", "pointers", "sizes", "refuses")),
     **sweep("t9-h128-i64-e8-k2-bf16-{r}-scratch.{s}", "rows that get no place, and experts without rows",
-            r=("invalid", "nobody", "half", "one", "duplicate"), s=("reuse", "pointers", "sizes", "interleaved", "ids")),
+            r=("invalid", "beyond", "nobody", "half", "one", "duplicate"), s=("reuse", "pointers", "sizes", "interleaved", "ids")),
     **sweep("t9-h128-i64-e8-k2-bf16-ep{p}-scratch.{s}", "local experts only", p=("2.1", "4.2s"),
             s=("reuse", "pointers", "sizes", "interleaved", "steady", "ids")),
     **sweep("t9-h128-i64-e8-k2-bf16-e4m3.block.group-scratch.{s}", "quantized rows", s=("reuse", "sizes", "interleaved", "ids")),

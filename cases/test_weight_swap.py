@@ -8,7 +8,7 @@ from harness.battery import sweep
 
 FAMILY = "weight_swap"
 LAYERS = ("bf16", "bf16-kn", "bf16-e4m3.block.none-kn", "bf16-e4m3.channel.token", "bf16-bias-ep2.1-kn")
-WHOLE = ("copy_", "data_copy_", "inference_mode", "data", "parameter", "same_address", "offload", "two_layers", "threads", "released")
+WHOLE = ("copy_", "data_copy_", "inference_mode", "data", "parameter", "same_address", "offload", "two_layers", "threads", "released", "dropped")
 ROWS = {
     **sweep("t9-h256-i128-e8-k2-{d}-swap.{s}", "all tensors change at once", d=LAYERS, s=WHOLE),
     **sweep("t1-h256-i128-e8-k2-bf16-{l}-swap.{s}", "on the low-latency path", l=("nk", "kn"), s=("copy_", "data", "same_address", "threads")),

@@ -17,6 +17,8 @@ and, if it wants,
                           configurations
     configurations(problem)      tile configurations, a dict from names to keyword options of prepare(): all are checked
     nan_safe              False: what nobody asks for is multiplied by zero, so that NaN there reaches the output
+    stages(call, hidden_states, topk_weights, topk_ids)   one call of what prepare() returned, as a dict of the values
+                          between its stages (harness/localise.py): a failure then says which stage is wrong
     expected_launches(problem)   (required, forbidden): sets of substrings of kernel names, checked against the trace
     route(logits, top_k, method, **options)   the router: (topk_weights, topk_ids), asked by harness/routes.py
     align(topk_ids, block_size, num_experts, **options)   pairs sorted by expert, asked by harness/alignment.py

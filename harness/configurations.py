@@ -36,8 +36,12 @@ def configurations(s: Session, problem: Problem) -> dict[str, dict]:
 def every_configuration(s: Session) -> None:
     """Not only the configuration that this batch gets: each that any batch could get serves it."""
     given = s.draw()
-    for name, options in configurations(s, given.case.problem).items():
+    choice = configurations(s, given.case.problem)
+    for name, options in choice.items():
         s.check(s.prepare(given.case.problem, given.handed, **options), given, f"configuration {name}")
+    launched = [trace.launched for trace in s.traces]
+    ignored = len(choice) > 1 and any(launched) and all(some == launched[0] for some in launched)
+    s.require(not ignored, f"{len(choice)} configurations launched the same kernels: the choice is ignored")
 
 
 @scenario("relation.batch_invariant")

@@ -187,6 +187,13 @@ def expert_map_length(call: Call) -> None:
     call.layer.expert_map = call.layer.expert_map[:-1].contiguous()
 
 
+@_fault("layer_device", "device")
+def layer_device(call: Call) -> None:
+    """one tensor of the layer, the last that it has, on another device"""
+    name, tensor = list(call.layer.tensors().items())[-1]
+    setattr(call.layer, name, tensor.to("meta" if tensor.device.type == "cpu" else "cpu"))
+
+
 @_fault("weight_on_input_top_k", "top_k")
 def weight_on_input_top_k(call: Call) -> None:
     """router weight on input with more than one slot a token: it has no meaning"""

@@ -132,6 +132,11 @@ def _topk_ids(problem: Problem, rng: torch.Generator) -> Tensor:
     if problem.routing == "invalid":
         ids[rand(tokens, k) < 0.3] = -1
         ids[1::5] = -1
+    if problem.routing == "beyond":  # what a stale or uninitialised entry holds
+        last = 2**32 + 1 if problem.ids == 64 else -(2**31)  # the lower half of the first names an expert
+        strange = torch.tensor([experts, -1, experts + 7, 2**31 - 1, last], device=device)
+        hit = rand(tokens, k) < 0.4
+        ids[hit] = strange[torch.arange(int(hit.sum()), device=device) % len(strange)]
     if problem.routing == "nobody":
         ids[:] = -1
     return ids

@@ -21,7 +21,7 @@ LAYOUTS = ("nk", "kn")
 WEIGHT_FORMATS = ("e4m3", "e5m2")
 WEIGHT_GRANULARITIES = ("tensor", "channel", "block")
 ACTIVATION_GRANULARITIES = ("none", "static", "tensor", "token", "group")
-ROUTINGS = ("uniform", "balanced", "skewed", "one", "half", "duplicate", "invalid", "nobody", "remote")
+ROUTINGS = ("uniform", "balanced", "skewed", "one", "half", "duplicate", "invalid", "beyond", "nobody", "remote")
 FILLS = ("exact", "random", "extreme")
 BLOCK = 128  #: fp8 blocks are 128x128 (weights) and 1x128 (activations)
 
@@ -135,8 +135,8 @@ class Problem:
 
     @property
     def invalid_ids(self) -> bool:
-        """Whether topk_ids holds -1 somewhere."""
-        return self.routing in ("invalid", "nobody")
+        """Whether topk_ids holds an id that is no expert's."""
+        return self.routing in ("invalid", "beyond", "nobody")
 
     def weights_key(self) -> Problem:
         """The same layer for any batch: what two Problems share exactly if their weights may be shared."""

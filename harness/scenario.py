@@ -73,6 +73,7 @@ def known() -> dict[str, Callable[[Session], None]]:
         arguments,
         configurations,
         errors,
+        fine,
         memory,
         relations,
         routes,

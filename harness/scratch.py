@@ -92,9 +92,13 @@ def pointers(s: Session) -> None:
 def sizes(s: Session) -> None:
     """Batches that grow up to the scratch's room and shrink again: no row of a larger batch may be left over."""
     most = s.case.problem.tokens
-    given, call, _ = _start(s, room=most)
+    given, call, scratch = _start(s, room=most)
+    before = {name: t.data_ptr() for name, t in buffers(scratch).items()}
     for tokens in (n for n in (most, 1, most // 2, most - 1, 0, 2, most) if 0 <= n <= most):
         s.check(call, batch(s, given, tokens=tokens), f"{tokens} of {most} tokens")
+        # A captured graph of another batch size goes on using the addresses of its own capture.
+        moved = [name for name, t in buffers(scratch).items() if t.data_ptr() != before.get(name)]
+        s.require(not moved, f"{tokens} of {most} tokens replaced the scratch's {', '.join(moved)}")
 
 
 @scenario("scratch.interleaved")

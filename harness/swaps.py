@@ -254,6 +254,23 @@ def released(s: Session) -> None:
     s.require(alive == 0, f"{alive} of {len(old)} old tensors of the layer are still referenced after the swap")
 
 
+@scenario("swap.dropped")
+def dropped(s: Session) -> None:
+    """A layer that nobody needs any more frees its memory with its call, and does not wait for the collector."""
+    given, call = start(s)
+    s.check(call, given, "before")
+    old = kept_alive(given.handed)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        del given, call
+        alive = sum(ref() is not None for ref in old)
+    finally:
+        if collecting:
+            gc.enable()
+    s.require(alive == 0, f"{alive} of {len(old)} tensors of the layer outlive it and its call: a cycle, or a cache")
+
+
 @scenario("swap.one_build")
 def one_build(s: Session) -> None:
     """A steady layer is built once, whatever the batches; each swap builds once more."""

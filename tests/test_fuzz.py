@@ -31,34 +31,26 @@ def found(out):
 
 
 # -- what it finds ----------------------------------------------------------------------------------------------------
-def test_a_tail_of_the_inner_size_is_found_and_shrunk(capsys):
-    code, out, _ = told(capsys, "--backend", "tests.fuzzed:InnerTail", "--seed", "1", "--examples", "200", *SMALL)
-    problem = found(out).problem
-    assert code == 1
-    assert problem.intermediate_size % 16 and problem.intermediate_size <= 24
-    assert (problem.tokens, problem.num_experts, problem.top_k) == (1, 1, 1)
-    assert problem.quant is None and not problem.bias and problem.ep is None and not problem.padded
-
-
-def test_a_conjunction_is_found_and_shrunk_to_it(capsys):
-    backend = ["--backend", "tests.fuzzed:ThreeTokensAndBias"]
-    code, out, _ = told(capsys, *backend, "--seed", "2", "--examples", "500", *SMALL)
-    case = found(out)
-    assert code == 1 and case.problem.tokens == 3 and case.problem.bias
-    assert case.scenario == "once" and case.problem.num_experts == 1 and case.problem.layout == "nk"
-
-
-def test_what_is_printed_runs_it_again_and_is_a_row(capsys):
-    command = ["--backend", "tests.fuzzed:InnerTail", "--seed", "3", "--examples", "200", *SMALL]
-    _, out, _ = told(capsys, *command)
-    case = found(out)
-    assert f'\n  "{case}": "WHY' in out and f"one line of ROWS in {fuzz.home(case)}:" in out
+@pytest.mark.parametrize(
+    "backend, smallest",
+    [("InnerTail", "t1-h32-i8-e1-k1-bf16-exact"), ("ThreeTokensAndBias", "t3-h32-i8-e1-k1-bf16-bias-exact")],
+)
+def test_it_is_found_and_shrunk_and_what_is_printed_does_it_again(capsys, backend, smallest):
+    spec = f"tests.fuzzed:{backend}"
+    code, out, _ = told(capsys, "--backend", spec, "--seed", "3", "--examples", "500", *SMALL)
+    assert code == 1 and str(found(out)) == smallest
+    assert cli.main(["run", smallest, "--backend", spec]) == 1
+    assert f'one line of ROWS in cases/test_layers.py:\n  "{smallest}": "WHY' in out
     count = re.search(r"found after (\d+) problems", out)[1]
-    again = re.search(r"\n  python3 -m harness (fuzz .*)\n", out)[1].split()
-    assert again[-2:] == ["--examples", count] and again[again.index("--seed") + 1] == "3"
-    code, repeated, _ = told(capsys, *again[1:])
-    assert code == 1 and found(repeated) == case
-    assert cli.main(["run", str(case), "--backend", "tests.fuzzed:InnerTail"]) == 1
+    again = re.search(r"\n  python3 -m harness fuzz (.*)\n", out)[1].split()
+    assert again[-2:] == ["--examples", count]
+    capsys.readouterr()
+    code, repeated, _ = told(capsys, *again)
+    assert code == 1 and _without_seconds(repeated) == _without_seconds(out)
+
+
+def _without_seconds(out):
+    return re.sub(r"in \d+ s .*|judged .*", "", out)
 
 
 def test_a_process_that_dies_is_a_verdict(capsys):

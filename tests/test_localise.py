@@ -102,25 +102,24 @@ def test_the_rows_and_columns_are_told(monkeypatch):
     assert "rows of expert 0;" in check.run(Case.parse(PLAIN), TritonMoE(), CPU).report
 
 
-@pytest.mark.parametrize("backend", (TritonMoE, TritonPermuteMoE))
 @pytest.mark.parametrize(
-    "text",
+    "backend, text",
     [
-        "t9-h136-i72-e4-k2-bf16-bias-random",
-        "t9-h128-i64-e4-k2-fp32-gelu-random",
-        "t9-h128-i64-e4-k2-fp16-gelu_tanh-limit1-random",
-        "t9-h128-i64-e4-k2-bf16-swigluoai-bias-random",
-        "t9-h128-i64-e4-k2-bf16-relu2-invalid-random",
-        "t14-h128-i64-e4-k2-bf16-bias-extreme",
-        "t14-h128-i64-e4-k2-fp16-extreme",
-        "t9-h128-i64-e4-k1-bf16-win-bias-random",
-        "t9-h128-i64-e4-k1-bf16-e4m3.channel.token-win-random",
-        "t9-h256-i136-e4-k2-bf16-e4m3.block.group-ep2.1-random",
-        "t9-h128-i64-e4-k2-bf16-e4m3.tensor.static-random",
-        "t14-h128-i64-e4-k2-bf16-e5m2.tensor.tensor-kn-extreme",
-        "t9-h128-i64-e4-k2-bf16-e4m3.block.none-duplicate-random",
-        "t2-h128-i64-e16-k2-bf16-ids64-padded-random",
-        "t16-h256-i128-e8-k2-bf16-e4m3.block.group-exact",
+        (TritonMoE, "t9-h136-i72-e4-k2-bf16-bias-random"),
+        (TritonPermuteMoE, "t9-h128-i64-e4-k2-fp32-gelu-random"),
+        (TritonMoE, "t9-h128-i64-e4-k2-fp16-gelu_tanh-limit1-random"),
+        (TritonPermuteMoE, "t9-h128-i64-e4-k2-bf16-swigluoai-bias-random"),
+        (TritonMoE, "t9-h128-i64-e4-k2-bf16-relu2-invalid-random"),
+        (TritonPermuteMoE, "t14-h128-i64-e4-k2-bf16-bias-extreme"),
+        (TritonMoE, "t14-h128-i64-e4-k2-fp16-extreme"),
+        (TritonPermuteMoE, "t9-h128-i64-e4-k1-bf16-win-bias-random"),
+        (TritonMoE, "t9-h128-i64-e4-k1-bf16-e4m3.channel.token-win-random"),
+        (TritonPermuteMoE, "t9-h256-i136-e4-k2-bf16-e4m3.block.group-ep2.1-random"),
+        (TritonMoE, "t9-h128-i64-e4-k2-bf16-e4m3.tensor.static-random"),
+        (TritonPermuteMoE, "t14-h128-i64-e4-k2-bf16-e5m2.tensor.tensor-kn-extreme"),
+        (TritonMoE, "t9-h128-i64-e4-k2-bf16-e4m3.block.none-duplicate-random"),
+        (TritonPermuteMoE, "t2-h128-i64-e16-k2-bf16-ids64-padded-random"),
+        (TritonMoE, "t16-h256-i128-e8-k2-bf16-e4m3.block.group-exact"),
     ],
 )
 def test_no_stage_of_a_right_kernel_is_accused(backend, text):

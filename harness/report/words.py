@@ -25,6 +25,7 @@ SPOKEN = {
         "half": "half: the first half of the experts gets no token",
         "duplicate": "duplicate: every other token names one expert in all its slots",
         "invalid": "invalid: some slots, and whole tokens, have the id -1",
+        "beyond": "beyond: some slots have ids that are no expert's, on either side of the range",
         "nobody": "nobody: every id is -1",
         "remote": "remote: all experts are another rank's",
     },

@@ -45,13 +45,13 @@ def arguments(layer) -> dict:
 
 def tile_configs(problem) -> list[GemmConfig]:
     """The tiles that batches of any size get for this layer, smallest first, and neighbours of both ends: half as many
-    columns or terms, and row tiles that share their columns by three, or not at all."""
+    columns or terms, row tiles that share their columns by three, or not at all, and sums in two or three parts."""
     dtype = FP8["e4m3"] if problem.quant and problem.quant.activation else DTYPES[problem.dtype]
     chosen = [default_config(2**n, 1, dtype, problem.quant is not None) for n in range(12)]
     near = []
-    for c, group_m in ((chosen[0], 1), (chosen[-1], 3)):
+    for c, group_m, split_k in ((chosen[0], 1, 3), (chosen[-1], 3, 2)):
         smaller = (dict(block_n=c.block_n // 2), dict(block_k=c.block_k // 2), dict(group_m=group_m))
-        near += [dataclasses.replace(c, **change) for change in smaller]
+        near += [dataclasses.replace(c, **change) for change in (*smaller, dict(split_k=split_k))]
     return list(dict.fromkeys([low_latency_config(dtype), *chosen, *near]))
 
 
@@ -92,7 +92,7 @@ class TritonMoE:
     def configurations(self, problem) -> dict[str, dict]:
         """Options for prepare(), by name: every tile configuration that a batch of this layer may get, and more."""
         return {
-            f"{c.block_m}x{c.block_n}x{c.block_k}.g{c.group_m}.w{c.num_warps}.s{c.num_stages}": {"config": c}
+            f"{c.block_m}x{c.block_n}x{c.block_k}.g{c.group_m}.w{c.num_warps}.s{c.num_stages}.p{c.split_k}": {"config": c}
             for c in tile_configs(problem)
         }
 
