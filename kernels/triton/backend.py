@@ -91,10 +91,7 @@ class TritonMoE:
 
     def configurations(self, problem) -> dict[str, dict]:
         """Options for prepare(), by name: every tile configuration that a batch of this layer may get, and more."""
-        return {
-            f"{c.block_m}x{c.block_n}x{c.block_k}.g{c.group_m}.w{c.num_warps}.s{c.num_stages}.p{c.split_k}": {"config": c}
-            for c in tile_configs(problem)
-        }
+        return {str(c): {"config": c} for c in tile_configs(problem)}
 
     def prepare(self, problem, layer, config=None):
         """call(hidden_states, topk_weights, topk_ids, out=None); reads the layer at every call. config: GemmConfig."""

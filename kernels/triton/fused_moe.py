@@ -91,7 +91,7 @@ def fused_moe(
         part = slice(first, first + chunk)
         ids = topk_ids[part]
         low_latency = path == "low_latency" or (
-            path == "auto" and takes_low_latency_path(*ids.shape, layer.num_experts, expert_map)
+            path == "auto" and takes_low_latency_path(len(ids), ids.shape[1], layer.num_experts, expert_map)
         )
         slots = _slots(hidden_states[part], topk_weights[part], ids, layer, low_latency, config)
         moe_combine(

@@ -170,6 +170,10 @@ class GemmConfig:
     num_stages: int = 3
     split_k: int = 1
 
+    def __str__(self) -> str:
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{tile}.g{self.group_m}.w{self.num_warps}.s{self.num_stages}.k{self.split_k}"
+
 
 def default_config(num_pairs: int, num_experts: int, dtype: torch.dtype, quantized_weights: bool) -> GemmConfig:
     """Tiles for P pairs over E experts; `dtype` is that of the rows as they are multiplied.
