@@ -5,6 +5,7 @@ The process is forked on the CPU; a GPU's driver does not survive that, so that 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from harness import backend as backends
@@ -37,12 +39,20 @@ class Apart:
         self._context: Any = multiprocessing.get_context("fork" if device.torch.type == "cpu" else "spawn")
         self._process: Any = None
         self._pipe: Any = None
+        self._room = tempfile.TemporaryDirectory(prefix="moe-apart-")
+        self._stacks = Path(self._room.name) / "stacks"  #: where every thread was when a process was ended by a signal
 
     def __enter__(self) -> Apart:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._end()
+        self._room.cleanup()
+
+    def anew(self, case: Case) -> Verdict:
+        """The verdict of a process that has seen nothing else."""
+        self._end()
+        return self.run(case)
 
     def run(self, case: Case) -> Verdict:
         """The verdict; crashed or hung, with the process replaced for the next, if there was none."""
@@ -50,7 +60,7 @@ class Apart:
         if self._process is None:
             self._pipe, theirs = self._context.Pipe()
             forked = self._pipe if self.device.torch.type == "cpu" else None
-            arguments = (theirs, forked, self.spec, self.device, self.limit, list(sys.path))
+            arguments = (theirs, forked, self.spec, self.device, self.limit, self._stacks, list(sys.path))
             self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
             self._process.start()
             theirs.close()
@@ -70,7 +80,8 @@ class Apart:
 
     def _none(self, case: Case, status: str, reason: str) -> Verdict:
         self._end()
-        return Verdict(str(case), self.spec, str(self.device), status, reason=reason, report=reason)
+        report = f"{reason}\n{self._stacks.read_text()}" if self._stacks.exists() else reason
+        return Verdict(str(case), self.spec, str(self.device), status, reason=reason, report=report)
 
     def _hung(self) -> str:
         return f"no answer in {self.limit:g} s"
@@ -89,7 +100,7 @@ class Apart:
 
 
 def _serve(
-    pipe: Connection, forked: Connection | None, spec: str, device: Device, limit: float, path: list[str]
+    pipe: Connection, forked: Connection | None, spec: str, device: Device, limit: float, stacks: Path, path: list[str]
 ) -> None:
     """Descriptors in, verdicts out; a str instead is the traceback of what is nobody's verdict."""
     if forked is not None:
@@ -105,18 +116,18 @@ def _serve(
         if device.torch.type == "cpu":
             torch.set_num_threads(1)
         backend = backends.load(spec)
-        with tempfile.TemporaryFile("w+") as stacks:
+        with stacks.open("w+") as dump:
+            faulthandler.enable(dump)
             while True:
                 case = Case.parse(pipe.recv())
                 verdict = Verdict(str(case), backend.name, str(device), "hung", reason=f"no answer in {limit:g} s")
 
                 def hung(verdict: Verdict = verdict) -> None:
-                    stacks.seek(0)
-                    verdict.report = f"{verdict.reason}\n{stacks.read()}"
+                    verdict.report = f"{verdict.reason}\n{stacks.read_text()}"
                     pipe.send(verdict)
                     os._exit(1)
 
-                with time_limit(limit, hung, stacks):
+                with time_limit(limit, hung, dump):
                     try:
                         verdict = check.run(case, backend, device)
                     except DeviceLost as error:

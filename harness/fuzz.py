@@ -135,6 +135,7 @@ class Fuzzed:
     """What came of it."""
 
     found: Verdict | None = None
+    every_time: bool = True  #: it failed once more in a process of its own
     ran: Counter[str] = field(default_factory=Counter)  #: fills, dtypes and schemes of the cases that ran
     cases: int = 0  #: that ran until the first that failed, or until the end
     shrinking: int = 0  #: that ran after it
@@ -180,7 +181,9 @@ def fuzz(
 
     try:
         if shrunk := simplest(cases(space, most), ask, seed=seed, examples=ENDLESS, shrinks=SHRINKS):
-            told.found = shrunk[1]
+            case, verdict = shrunk
+            again = apart.anew(case)  # the diagnosis of a failure is for the first few of a process
+            told.found, told.every_time = (verdict, False) if again.green else (again, True)
     except _Enough:
         pass
     told.seconds = time.monotonic() - started

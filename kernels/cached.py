@@ -238,6 +238,12 @@ class TritonCachedMoE:
         required, forbidden = TritonMoE().expected_launches(problem)
         return required - {"quantize"}, forbidden | {"quantize"}
 
+    def stages(self, call: Callable, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> dict:
+        """One call with every value between its stages: see kernels.triton.stages."""
+        from kernels.triton.stages import record
+
+        return record(call, hidden_states, topk_weights, topk_ids)
+
     def prepare(self, problem: Any, layer: Any) -> Callable[..., Tensor]:
         """call(hidden_states, topk_weights, topk_ids, out=None) -> out, with the cached instance as `call.instance`."""
         instance = CachedFusedMoE(layer)

@@ -37,6 +37,16 @@ class ThreeTokensAndBias(_Fuzzed):
         return tokens == 3 and problem.bias
 
 
+class SecondCall(_Fuzzed):
+    """Wrong from the second call of the process on."""
+
+    calls = 0
+
+    def wrong(self, problem, tokens):
+        self.calls += 1
+        return self.calls > 1
+
+
 class Dies(_Fuzzed):
     def wrong(self, problem, tokens):
         if problem.padded:

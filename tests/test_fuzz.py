@@ -55,8 +55,13 @@ def _without_seconds(out):
 
 def test_a_process_that_dies_is_a_verdict(capsys):
     code, out, _ = told(capsys, "--backend", "tests.fuzzed:Dies", "--seed", "1", "--examples", "50", *SMALL)
-    assert code == 1 and " crashed: the process ended with SIGSEGV\n" in out
+    assert code == 1 and " crashed: the process ended with SIGSEGV\n" in out and "Segmentation fault" in out
     assert found(out).problem.padded
+
+
+def test_what_depends_on_calls_before_is_said_to(capsys):
+    code, out, _ = told(capsys, "--backend", "tests.fuzzed:SecondCall", "--seed", "3", "--examples", "20", *SMALL)
+    assert code == 1 and "\nasked once more, in a new process, it was right: it depends on what ran before\n" in out
 
 
 def test_a_call_that_hangs_costs_its_process_only():

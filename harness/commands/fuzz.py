@@ -107,10 +107,12 @@ def _found(told: Any, again: str) -> list[str]:
     from harness.problem import Case
 
     verdict = told.found
+    once = "asked once more, in a new process, it was right: it depends on what ran before"
     return [
         "",
         f"{verdict.case} {verdict.status}: {verdict.reason}",
         *verdict.report.rstrip().removeprefix(verdict.reason).splitlines(),
+        *([] if told.every_time else [once]),
         "",
         f"found after {told.cases} problems, shrunk with {told.shrinking} more; this one again:",
         f"  {verdict.reproduce}",

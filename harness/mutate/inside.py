@@ -150,8 +150,9 @@ class _Cases:
         # Outputs that are right, or were not looked at, and a failure all the same: what was promised beside them.
         status = "promise" if verdict.status == "failed" and verdict.budget <= 1 else verdict.status
         run = _judged(self._bug, *at, status, verdict.reason, verdict.seconds)
+        run.more = {"cause": verdict.cause, "stage": verdict.stage} if verdict.cause or verdict.stage else {}
         if self._watcher:
-            run.more = {"seen": len(self._watcher.seen), "rejected": self._watcher.rejected()}
+            run.more |= {"seen": len(self._watcher.seen), "rejected": self._watcher.rejected()}
         yield run
 
 
