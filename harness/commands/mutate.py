@@ -102,6 +102,7 @@ def mutate(args: argparse.Namespace) -> int:
         print("\n".join(["", *table.plain(rows)]))
         if args.markdown:
             _write(args.markdown, table.markdown(rows))
+    print("\n".join(["", *naming.score(outcomes, known).lines()]))
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"\n{progress.seconds:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of CPU time; results: {path}")
     # Emulated is a contract that few backends have: who has none of them is not asked, and need not be.
