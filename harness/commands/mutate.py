@@ -46,7 +46,7 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def mutate(args: argparse.Namespace) -> int:
-    from harness.mutate import bugs, order, play, runner, store, table
+    from harness.mutate import bugs, naming, order, play, runner, store, table
     from harness.mutate.progress import Progress
 
     rules = _rules(args)
