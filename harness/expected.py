@@ -219,9 +219,11 @@ def _activation(
 ) -> tuple[Spread, Tensor | None]:
     """The error of a = activation(h), by its derivatives; and the same for the deviation of ties."""
     if not is_gated(experts.activation):
-        slope = _derivative(lambda h: combine_gate_up(h, None, experts.activation), stages.h)
-        out = spread.times(slope).plus((EPS_ACT**2 + 4 * FLOAT32_OP) * stages.a**2)
-        return out, None if either is None else either * slope**2
+        def alone(h: Tensor) -> Tensor:
+            return combine_gate_up(h, None, experts.activation)
+
+        out = spread.times(_slope(alone, stages.h, spread.total)).plus((EPS_ACT**2 + 4 * FLOAT32_OP) * stages.a**2)
+        return out, None if either is None else either * _slope(alone, stages.h, either) ** 2
     g, u = split_gate_up(stages.h, experts.activation)
 
     def parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,10 +231,13 @@ def _activation(
         assert second is not None
         return first, second
 
+    def slopes(variance: Tensor) -> tuple[Tensor, Tensor]:
+        of_g, of_u = parts(variance)
+        return _slope(lambda t: activated_gate(t, experts), g, of_g), _slope(lambda t: up_factor(t, experts), u, of_u)
+
     act, factor = activated_gate(g, experts), up_factor(u, experts)
-    slope_g = _derivative(lambda t: activated_gate(t, experts), g)
-    slope_u = _derivative(lambda t: up_factor(t, experts), u)
     totals, smooths, steps = parts(spread.total), parts(spread.smooth), parts(spread.step)
+    slope_g, slope_u = slopes(spread.total)
     gate = Spread(totals[0], smooths[0], spread.flips, steps[0]).times(slope_g)
     gate = gate.plus((EPS_ACT**2 + 4 * FLOAT32_OP) * act**2)
     if rounding.plan.act_chain:
@@ -244,6 +249,7 @@ def _activation(
     )  # fmt: skip
     if either is not None:
         first, second = parts(either)
+        slope_g, slope_u = slopes(either)
         either = first * (slope_g * factor) ** 2 + second * (slope_u * act) ** 2
     return out, either
 
@@ -256,10 +262,17 @@ def _share_of_repeats(stages: Stages) -> Tensor:
     return torch.where(stages.weight != 0, total / stages.weight.abs().clamp(min=1e-300), 1.0)
 
 
-def _derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+def _slope(function: Callable[[Tensor], Tensor], at: Tensor, variance: Tensor) -> Tensor:
+    """|derivative|, or the steepest secant to two deviations away: a sum near a clamp, or whose deviation is larger
+    than the bend of the activation, may end where the derivative does not tell."""
     with torch.enable_grad():
         at = at.detach().clone().requires_grad_(True)
-        (slope,) = torch.autograd.grad(function(at).sum(), at)
+        value = function(at)
+        (slope,) = torch.autograd.grad(value.sum(), at)
+    slope, value, reach = slope.abs(), value.detach(), 2 * variance.sqrt()
+    for side in (at.detach() + reach, at.detach() - reach):
+        secant = (function(side) - value).abs() / reach
+        slope = torch.where(reach > 0, torch.fmax(slope, secant), slope)
     return slope
 
 
