@@ -16,7 +16,8 @@ and, if it wants,
     batch_invariant       True: a token's row has the same bits in every batch; "configured": under any one of its
                           configurations
     configurations(problem)      tile configurations, a dict from names to keyword options of prepare(): all are checked
-    nan_safe              False: what nobody asks for is multiplied by zero, so that NaN there reaches the output
+    nan_safe              False: what nobody asks for is multiplied by zero, so that NaN there reaches the output;
+                          never asked of it
     stages(call, hidden_states, topk_weights, topk_ids)   one call of what prepare() returned, as a dict of the values
                           between its stages (harness/localise.py): a failure then says which stage is wrong
     expected_launches(problem)   (required, forbidden): sets of substrings of kernel names, checked against the trace

@@ -125,6 +125,9 @@ def why_not(case: Case, backend: Any, device: Device) -> str | None:
     reason = backends.unavailable(backend, device) or backends.unsupported(backend, case.problem, device)
     if reason is None and case.fill == "exact":
         reason = inexact(case.problem)
+    unserved = case.problem.invalid_ids or case.problem.ep is not None
+    if reason is None and case.fill == "extreme" and unserved and not getattr(backend, "nan_safe", True):
+        reason = f"fill: {backend.name} declares that NaN in rows that nobody serves reaches its output"
     return reason
 
 

@@ -219,6 +219,7 @@ def _activation(
 ) -> tuple[Spread, Tensor | None]:
     """The error of a = activation(h), by its derivatives; and the same for the deviation of ties."""
     if not is_gated(experts.activation):
+
         def alone(h: Tensor) -> Tensor:
             return combine_gate_up(h, None, experts.activation)
 

@@ -112,23 +112,14 @@ def padding_rows(s: Session) -> None:
         layer = replace(given.handed, problem=with_invalid_ids)
         call = s.prepare(with_invalid_ids, layer)
         for value, what in ((nan, "NaN"), (large, "large")):
-            padded = _padded(replace(given, handed=layer), pads, f"{what} without a valid id", value, -1, nan)
-            # 0 * NaN, in such a row itself, is what a backend may declare.
-            whole = getattr(s.backend, "nan_safe", True) or (per_tensor and value == large)
-            _check_beside(s, call, padded, None if whole else pads, f"rows of {what} without a valid id")
+            if value == large or getattr(s.backend, "nan_safe", True):
+                padded = _padded(replace(given, handed=layer), pads, f"{what} without a valid id", value, -1, nan)
+                s.check(call, padded, f"rows of {what} without a valid id")
     padded = _padded(given, pads, "NaN of weight 0", nan, None, 0.0)
     # What such a row itself gives is nobody's contract: 0 * NaN, or nothing.
-    _check_beside(s, s.prepare(problem, given.handed), padded, pads, "rows of NaN whose weights are 0")
-
-
-def _check_beside(s: Session, call: Callable[..., Tensor], given: Inputs, pads: Tensor | None, what: str) -> None:
-    """A call, judged by all rows but `pads`."""
-    if pads is None:
-        s.check(call, given, what)
-        return
-    out, trace = s.call(call, given, what)
+    out, trace = s.call(s.prepare(problem, given.handed), padded, "rows of NaN whose weights are 0")
     s.traces.append(trace)
-    s.accept(out[~pads], _without(given, pads), f"beside {what}")
+    s.accept(out[~pads], _without(padded, pads), "beside rows of NaN whose weights are 0")
 
 
 def _padded(given: Inputs, pads: Tensor, variant: str, value: float, ids: int | None, weight: float) -> Inputs:

@@ -94,9 +94,9 @@ HISTORY = (
     Edit("WIP", GEMM, "def default_config(", "def default_config((", "broken"),
     Edit("Fix the merge", GEMM, "def default_config((", "def default_config("),
     Edit("Paths by name", FUSED,
-         '    low_latency = path == "low_latency" or (\n        path == "auto" and takes_low_latency_path('
-         "num_tokens, top_k, layer.num_experts, expert_map)\n    )\n",
-         '    low_latency = path == "low_latency"\n', "low_latency"),
+         '        low_latency = path == "low_latency" or (\n            path == "auto" and takes_low_latency_path('
+         "len(ids), ids.shape[1], layer.num_experts, expert_map)\n        )\n",
+         '        low_latency = path == "low_latency"\n', "low_latency"),
     Edit("fused_moe: equal, but shorter", FUSED, "    num_pairs = num_tokens * top_k\n    quantized",
          "    num_pairs = ids.numel()\n    quantized"),
     Edit("permuted_moe: arguments in order", FUSED, "expert_map=layer.expert_map, scratch=scratch,\n        num_local",

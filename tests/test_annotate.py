@@ -66,7 +66,7 @@ def really(module, monkeypatch):
         patch.setattr(battery, "sweep", told)
         runpy.run_path(module.__file__)
     for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
-        if isinstance(node, ast.Constant) and re.fullmatch(r"t\d+-h\d[^{}]*", str(node.value)):
+        if isinstance(node, ast.Constant) and re.fullmatch(r"t\d+-h\d[^{}]*-k\d[^{}]*", str(node.value)):
             made.append((node.value, node.lineno))
     found: dict[str, set[int]] = {}
     for descriptor, line in made:

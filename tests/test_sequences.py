@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import check, sequences
+from harness import check, sequences, steps, world
 from harness.device import Device
 from harness.problem import Case
 from harness.simplest import missing, pick, simplest
@@ -29,7 +29,7 @@ def verdict(backend, layer=f"{LAYER}-exact", seed=0):
 
 
 def steps_of(found):
-    return STEP.findall(found.report)
+    return STEP.findall(found.report.partition("its last step failed\n")[2].partition("\n\n")[0])
 
 
 # -- what it finds ----------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_what_a_backend_excludes_is_not_drawn():
         drawn.update(type(step) for step in sequence)
 
     simplest(sequences.steps(s), ask, seed=0, examples=30, shrinks=0)
-    assert drawn == {sequences.Call, sequences.Prepare, sequences.NaN}
+    assert drawn == {steps.Call, steps.Prepare, steps.NaN}
 
 
 def test_every_change_is_drawn_for_who_follows_all():
@@ -196,5 +196,5 @@ def test_an_example_is_asked_once_and_shrinking_has_a_budget():
 
 def test_parts_change_as_the_fill_allows():
     problem = Case.parse(f"{LAYER}-e4m3.block.none-bias-exact").problem
-    assert not sequences._stays_exact("w2_scale", problem) and sequences._stays_exact("w2", problem)
-    assert torch.equal(sequences.PARTS["w2"](torch.tensor([1.0, -2.0]), problem), torch.tensor([-1.0, 2.0]))
+    assert not world.stays_exact("w2_scale", problem) and world.stays_exact("w2", problem)
+    assert torch.equal(world.PARTS["w2"](torch.tensor([1.0, -2.0]), problem), torch.tensor([-1.0, 2.0]))

@@ -213,6 +213,7 @@ class GroupedMM(_Transformers):
 
     name = "transformers-grouped-mm"
     implementation = "grouped_mm"
+    nan_safe = False  # seen on an H200: NaN in a row without any valid id makes every token NaN
 
     def supports(self, problem: Any, device: str | None = None) -> str | None:
         """None or "<keyword>: reason"; with a device type the dtype is tried on it."""
