@@ -85,7 +85,8 @@ UNKNOWN = "{_}"  #: a part of a descriptor that is not known before its module r
 
 
 def location(record: Record, root: Path = ROOT) -> tuple[str, int]:
-    """The file and line of the row from which a record's case was made; line 0, or no file, if it cannot be found."""
+    """The file and line of the row from which a record's case was made, or the line of ROWS if a call makes all
+    of them; line 0, or no file, if there is none."""
     name = str(record.get("nodeid", "")).partition("::")[0]
     path = root / name
     if not name or not path.is_file():
@@ -96,12 +97,18 @@ def location(record: Record, root: Path = ROOT) -> tuple[str, int]:
         if tokens in certain:
             return name, certain[tokens]
     scored = [(score, -line) for line, template in possible if (score := _fits(template, case))]
-    return name, -max(scored)[1] if scored else 0
+    return name, -max(scored)[1] if scored else _line_of_rows(path)
+
+
+@cache
+def _line_of_rows(path: Path) -> int:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((n for n, line in enumerate(lines, 1) if re.match(r"ROWS = \w+\(", line)), 0)
 
 
 def _tokens(descriptor: str) -> frozenset[str]:
     """The tokens of a descriptor, but for a default that is never written in a case, and a seed chosen by --seed."""
-    return frozenset(t for t in descriptor.split("-") if t and t != "nk" and not re.fullmatch(r"s\d+", t))
+    return frozenset(t for t in descriptor.split("-") if t and t != "nk" and not re.fullmatch(r"s(\d+|{_})", t))
 
 
 @cache

@@ -46,17 +46,19 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait for everything queued; DeviceLost if the device reports an error that no later call can recover from."""
+        self._asked("synchronize")
+
+    def release(self) -> None:
+        """Give memory that torch keeps for itself back to the device, where other processes need it; or DeviceLost."""
+        self._asked("empty_cache")
+
+    def _asked(self, function: str) -> None:
         if self.torch.type == "cpu":
             return
         try:
-            _module(self.name).synchronize()
+            getattr(_module(self.name), function)()
         except RuntimeError as error:
             raise DeviceLost(f"{self.name} does not answer any more: {str(error).splitlines()[0]}") from error
-
-    def release(self) -> None:
-        """Give memory that torch keeps for itself back to the device, where other processes need it."""
-        if self.torch.type != "cpu":
-            _module(self.name).empty_cache()
 
     def memory_bytes(self) -> int:
         """Free memory for tensors, in bytes."""

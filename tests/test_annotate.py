@@ -75,6 +75,14 @@ def really(module, monkeypatch):
     return found
 
 
+def test_a_row_that_is_made_of_options_is_where_rows_begins():
+    name = "cases/test_pairs.py"
+    pairs = next(module for module in battery.families() if module.FAMILY == "pairs")
+    case = battery.rows(pairs, device.Device("cpu"))[0].case
+    line = location({"case": str(case), "nodeid": f"{name}::test_pairs[{case}:mine:cpu]"})[1]
+    assert (annotate.ROOT / name).read_text().splitlines()[line - 1] == "ROWS = pairwise("
+
+
 def test_every_case_of_the_battery_is_found(monkeypatch):
     device.start({"cpu"})
     count, wrong = 0, []

@@ -23,7 +23,9 @@ from harness.mutate.bugs import Bug
 from harness.mutate.counts import Counts
 
 #: What says that an edit made the kernels no program, rather than a wrong one.
-STILLBORN = re.compile(r"\b(Name|Syntax|Compilation|Import|ModuleNotFound|UnboundLocal)Error\b")
+STILLBORN = re.compile(r"\b(Name|Syntax|Import|ModuleNotFound|UnboundLocal)Error\b")
+#: What does not compile for this case alone is a bug that was noticed; what compiles for none, not even this, is none.
+PLAINEST, COMPILED_NOT = "t5-h64-i64-e4-k2-bf16-exact", "CompilationError"
 WANTS_COUNTS = "counts"  #: what it says when it wants to know what the kernels as they are do
 _PR_SET_PDEATHSIG = 1
 
@@ -147,6 +149,8 @@ class _Cases:
         except (devices.DeviceLost, backends.BackendError) as error:
             yield _judged(self._bug, *at, "crashed", f"{type(error).__name__}: {error}")
             return
+        if verdict.status == "crashed" and COMPILED_NOT in verdict.reason and not self._compiles(backend):
+            verdict.status = "stillborn"
         # Outputs that are right, or were not looked at, and a failure all the same: what was promised beside them.
         status = "promise" if verdict.status == "failed" and verdict.budget <= 1 else verdict.status
         run = _judged(self._bug, *at, status, verdict.reason, verdict.seconds)
@@ -154,6 +158,13 @@ class _Cases:
         if self._watcher:
             run.more |= {"seen": len(self._watcher.seen), "rejected": self._watcher.rejected()}
         yield run
+
+
+    def _compiles(self, backend: Any) -> bool:
+        from harness import check
+        from harness.problem import Case
+
+        return COMPILED_NOT not in check.run(Case.parse(PLAINEST), backend, self._device).reason
 
 
 def _counted(bug: Bug, device: Device, parent: Connection | None) -> Generator[Any, None, bool]:
