@@ -20,11 +20,13 @@ FAMILY = "structure"
 Counts = dict[tuple[str, str], Any]  #: by case and backend
 
 
-def cases(specs: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(descriptor, backend) of every counted case of these backends, in the file's order."""
+def cases(specs: tuple[str, ...], words: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """(descriptor, backend) of every counted case of these backends: those that have most of the words first, and then
+    in the file's order."""
     from harness.perf.baseline_text import read
 
-    return [(block.descriptor, block.backend) for block in read(BASELINE).blocks if block.backend in specs]
+    found = [(block.descriptor, block.backend) for block in read(BASELINE).blocks if block.backend in specs]
+    return sorted(found, key=lambda at: -len({*at[0].split("-"), at[1]} & set(words)))
 
 
 def counted(descriptor: str, spec: str, device: Device) -> dict[str, Any] | None:

@@ -170,7 +170,7 @@ class _Cases:
 def _counted(bug: Bug, device: Device, parent: Connection | None) -> Generator[Any, None, bool]:
     """Every counted case until one differs from the kernels as they are, which `parent` knows; whether one did."""
     right: Counts | None = None
-    for descriptor, spec in counts.cases(bug.backends):
+    for descriptor, spec in counts.cases(bug.backends, bug.words):
         if parent is not None and right is None:
             parent.send(WANTS_COUNTS)
             right = parent.recv()

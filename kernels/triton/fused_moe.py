@@ -86,16 +86,16 @@ def fused_moe(
     out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format) if out is None else out
     if hidden_states.shape[0] == 0:
         return out
-    topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
-    for first in range(0, hidden_states.shape[0], chunk):
-        part = slice(first, first + chunk)
-        ids = topk_ids[part]
+    batch = (hidden_states, topk_weights.contiguous(), topk_ids.contiguous(), out)
+    # Four views cost as much time on the host as half a launch.
+    parts = [batch] if chunk >= hidden_states.shape[0] else zip(*(tensor.split(chunk) for tensor in batch))
+    for x, weights, ids, rows in parts:
         low_latency = path == "low_latency" or (
             path == "auto" and takes_low_latency_path(len(ids), ids.shape[1], layer.num_experts, expert_map)
         )
-        slots = _slots(hidden_states[part], topk_weights[part], ids, layer, low_latency, config)
+        slots = _slots(x, weights, ids, layer, low_latency, config)
         moe_combine(
-            slots, ids, out[part], num_experts=layer.num_experts, num_local_experts=layer.num_local_experts,
+            slots, ids, rows, num_experts=layer.num_experts, num_local_experts=layer.num_local_experts,
             expert_map=expert_map,
         )  # fmt: skip
     return out
