@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import battery
 from harness.commands import mutate
 from harness.commands.common import Wrong
 from harness.device import Device
@@ -20,8 +21,10 @@ from harness.mutate import bugs, inside, order, runner, store, table
 from harness.mutate.asking import Asking, Run
 from harness.mutate.bugs import Bug, BugError, Edit
 from harness.mutate.store import Outcome
+from harness.problem import Case
 from harness.results import Results
 from tests import tiny_bugs
+from tests.emulated import Emulated
 
 ROOT = Path(__file__).parent.parent
 CPU = Device("cpu")
@@ -358,3 +361,23 @@ def test_wrong_arguments_are_named():
         mutate._rules(Namespace(against=None, markdown=Path("t.md")))
     with pytest.raises(Wrong, match="--jobs 0: 1 or more"):
         mutate._count("--jobs", 0, 4)
+
+
+# -- what does not compile --------------------------------------------------------------------------------------------
+class CompilationError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("smallest, word", [(2**10, "crashed"), (0, "stillborn")])
+def test_what_compiles_for_some_cases_is_a_program(smallest, word):
+    """A bug of one configuration is noticed where it does not compile; what compiles for none is no bug."""
+
+    class Partly(Emulated):
+        def run(self, layer, x, weights, ids, out=None):
+            if x.shape[1] > smallest:
+                raise CompilationError("at 1:2:")
+            return super().run(layer, x, weights, ids, out)
+
+    row = battery.Row(Case.parse("t2-h2048-i8-e2-k1-bf16-random"), "layers", "why")
+    *_, run = inside._Cases(BUG, {"partly": Partly()}, CPU, ()).of((row,))
+    assert run.status == word and run.reason.startswith("CompilationError")
