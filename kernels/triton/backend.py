@@ -151,6 +151,8 @@ class TritonChunkedMoE(TritonMoE):
             return "quant: a dynamic per-tensor scale belongs to the whole batch, which is cut here"
         if reason is None and problem.tokens <= self.max_chunk_tokens:
             return f"scenario: {problem.tokens} tokens are one chunk, as `triton` serves them already"
+        if reason is None and problem.num_experts > 32:
+            return "scenario: tokens are cut as they are with up to 32 experts; more only take longer"
         return reason
 
     def expected_launches(self, problem) -> tuple[set[str], set[str]]:
