@@ -13,6 +13,7 @@ ROWS = {
     **sweep("t3-h72-i40-e24-k2-{d}-arguments.own_output", "on the low-latency path", d=("bf16", "bf16-kn")),
     **sweep("t9-h72-i40-e5-k1-bf16-win-{o}-arguments.own_output", "where the input is weighted", o=("", "e4m3.tensor.token")),
     **sweep("t{t}-h72-i40-e5-k3-{d}-arguments.strided_out", "rows of the output are further apart than they are long", t=(1, 17), d=("bf16", "fp32-kn")),
+    **sweep("t{t}-h72-i40-e5-k3-{d}-arguments.neighbours", "input and output are halves of one buffer", t=(1, 17), d=("bf16", "fp32-kn")),
     **sweep("t{t}-h72-i40-e{e}-k3-{d}-arguments.strided_routing", "tables of the router are slices of others, on either path",
             t=(1, 17), e=(6, 40), d=("bf16", "bf16-ids64-kn")),
     **sweep("t9-h72-i40-e6-k1-bf16-{o}-arguments.strided_routing", "a table of one column", o=("win", "ep2.1", "invalid-kn")),

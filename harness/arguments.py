@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from harness.backend import takes_out
 from harness.fence import poison_
 from harness.scenario import Unsupported, batch, scenario, start
 from harness.trace import raw
@@ -45,7 +46,7 @@ def own_output(s: Session) -> None:
 @scenario("arguments.strided_out")
 def strided_out(s: Session) -> None:
     """An output whose rows are further apart than they are long: nothing is written between them."""
-    given, call = start(s)
+    given, call = _with_out(s)
     gaps: list[Tensor] = []
 
     def into_padded(*arguments: Tensor, out: Tensor) -> Tensor:
@@ -57,6 +58,30 @@ def strided_out(s: Session) -> None:
     _right_or_refused(s, into_padded, given, "padded rows of out")
     for gap in gaps:
         s.require(bool(gap.isnan().all()), "written between the rows of out")
+
+
+@scenario("arguments.neighbours")
+def neighbours(s: Session) -> None:
+    """An output right behind its input in one buffer, or right before it: they share nothing."""
+    given, call = _with_out(s)
+    for places, what in (((0, 1), "right behind"), ((1, 0), "right before")):
+
+        def side_by_side(*arguments: Tensor, out: Tensor, places: tuple[int, int] = places) -> Tensor:
+            x, *routing = arguments
+            room = poison_(x.new_empty(2, *x.shape))
+            mine, its = (room[place] for place in places)
+            call(mine.copy_(x), *routing, out=its)
+            s.require(torch.equal(raw(mine), raw(x.contiguous())), "hidden_states was changed by the call")
+            return out.copy_(its)
+
+        _right_or_refused(s, side_by_side, given, f"out {what} hidden_states")
+
+
+def _with_out(s: Session) -> tuple[Inputs, Callable[..., Any]]:
+    given, call = start(s)
+    if not takes_out(call):
+        raise Unsupported(f"scenario: {s.backend.name} takes no out")
+    return given, call
 
 
 @scenario("arguments.strided_routing")

@@ -33,7 +33,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,3 +165,9 @@ def select(specs: Iterable[str]) -> list[Any]:
     """The backends that --backend named, or all that are installed."""
     wanted = list(specs)
     return [load(spec) for spec in wanted] if wanted else installed()
+
+
+def takes_out(call: Callable[..., Any]) -> bool:
+    """Whether a prepared call can be given the memory for its output."""
+    parameters = inspect.signature(call).parameters.values()
+    return any(p.name == "out" or p.kind is p.VAR_KEYWORD for p in parameters)

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import fcntl
-import inspect
 import os
 import tempfile
 import time
@@ -217,7 +216,7 @@ class Session:
             tracing.trace.watch(tensor, name)
         before = {name: t.clone() for name, t in handed.items()}
         digests = {name: digest(t) for name, t in given.handed.tensors().items()}
-        keywords = {"out": out} if takes_out(call) else {}
+        keywords = {"out": out} if backends.takes_out(call) else {}
         with self._guarding(tracing.trace) as faults, tracing as trace:
             result = call(*handed.values(), **keywords)
         self.device.synchronize()
@@ -337,11 +336,6 @@ def _with_own_layer(drawn: Inputs) -> Inputs:
 def _kept(layer: Layer, device: torch.device | None = None) -> Layer:
     """A fenced copy of a layer, on its device or another."""
     return Layer(layer.problem, **{name: fence.keep(t, device) for name, t in layer.tensors().items()})
-
-
-def takes_out(call: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(call).parameters.values()
-    return any(p.name == "out" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,7 @@ from harness.problem import Case
 from tests.emulated import Emulated
 
 CPU = Device("cpu")
-SCENARIOS = ("own_output", "strided_out", "strided_routing", "strided_layer")
+SCENARIOS = ("own_output", "strided_out", "neighbours", "strided_routing", "strided_layer")
 
 
 def verdict(backend, scenario, text="t5-h32-i16-e4-k2-bf16-bias-exact"):
@@ -33,6 +33,10 @@ class Faulty(Emulated):
             raise ValueError(f"topk_weights: stride {weights.stride()}; valid: contiguous")
         if self.fault == "refuses without a reason" and not weights.is_contiguous():
             raise ValueError("no")
+        if self.fault == "neighbours are strangers" and out is not None:
+            ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (x, out)]
+            if ranges[0][1] == ranges[1][0] or ranges[1][1] == ranges[0][0]:
+                raise ValueError("out overlaps hidden_states")
         if self.fault == "weights assumed dense":
             weights = flat(weights)
         if self.fault == "ids assumed dense":
@@ -60,6 +64,7 @@ def test_a_correct_backend(scenario):
     "fault, scenario",
     (
         ("one workspace", "own_output"), ("in place", "own_output"), ("out assumed dense", "strided_out"),
+        ("neighbours are strangers", "neighbours"),
         ("weights assumed dense", "strided_routing"), ("ids assumed dense", "strided_routing"),
     ),
 )  # fmt: skip
@@ -73,3 +78,13 @@ def test_a_refusal_names_what_it_refuses():
     found = verdict(Faulty("refuses strides"), "strided_routing")
     assert found.status == "unsupported" and "stride" in found.reason
     assert verdict(Faulty("refuses without a reason"), "strided_routing").status == "failed"
+
+
+@pytest.mark.parametrize("scenario", ("strided_out", "neighbours"))
+def test_who_takes_no_out_is_not_asked(scenario):
+    class NoOut(Emulated):
+        def prepare(self, problem, layer):
+            return lambda x, weights, ids: self.run(layer, x, weights, ids)
+
+    found = verdict(NoOut("no-out"), scenario)
+    assert found.status == "unsupported" and found.reason == "scenario: no-out takes no out"

@@ -159,7 +159,6 @@ class _Cases:
             run.more |= {"seen": len(self._watcher.seen), "rejected": self._watcher.rejected()}
         yield run
 
-
     def _compiles(self, backend: Any) -> bool:
         from harness import check
         from harness.problem import Case

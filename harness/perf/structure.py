@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from harness import check
+from harness.backend import takes_out
 from harness.device import Device
 from harness.inputs import Inputs
 from harness.perf import hostcalls, metrics
@@ -130,7 +131,7 @@ def steady_call(case: Case, backend: Any, device: Device) -> Callable[[], Any]:
     prepared = session.prepare(problem, given.handed, **options)
     x = given.hidden_states
     keywords = {}
-    if check.takes_out(prepared):
+    if takes_out(prepared):
         keywords["out"] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # A partial object is no Python function: it does not count.
     call = partial(prepared, x, given.topk_weights, given.topk_ids, **keywords)
