@@ -72,6 +72,20 @@ def test_padding_that_reaches_other_rows_is_seen(leak):
     assert verdict(Changed(after=leak), f"{text}-memory.padding_rows").status == "failed"
 
 
+def test_rows_that_nobody_serves_are_not_asked_of_who_is_not_safe_from_nan():
+    class Unsafe(Emulated):
+        nan_safe = False
+
+        def run(self, layer, x, weights, ids, out=None):
+            if (ids < 0).all(1).any():
+                raise AssertionError("a row that nobody serves")
+            return super().run(layer, x, weights, ids, out)
+
+    assert run(Case.parse("t15-h64-i32-e4-k2-bf16-exact-memory.padding_rows"), Unsafe(), CPU).status == "passed"
+    found = run(Case.parse("t15-h64-i32-e4-k2-bf16-ep2.1-extreme"), Unsafe(), CPU)
+    assert found.status == "unsupported" and found.reason.startswith("fill: ")
+
+
 def test_a_per_tensor_scale_is_taken_from_all_rows():
     def served_only(x, weights, ids):
         return torch.where((ids >= 0).any(1, keepdim=True), x, 0), weights, ids

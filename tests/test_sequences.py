@@ -102,6 +102,18 @@ def test_a_right_backend_is_not_accused(layer):
         assert found.status == "passed" and found.calls > sequences.EXAMPLES, found.report
 
 
+class Expecting(Emulated):
+    """Looks for invalid ids only where the problem that it was prepared for has them."""
+
+    def run(self, layer, x, weights, ids, out=None):
+        return super().run(layer, x, weights, ids if layer.problem.invalid_ids else ids.abs(), out)
+
+
+def test_the_prepared_problem_says_that_ids_may_be_invalid():
+    found = [verdict(Expecting("expecting"), f"{LAYER}-exact", seed) for seed in range(4)]
+    assert [v.status for v in found] == ["passed"] * 4, found[0].report
+
+
 class Modest(Emulated):
     """Follows nothing, promises nothing, and takes neither invalid ids nor the other layout."""
 
