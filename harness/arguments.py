@@ -70,9 +70,9 @@ def neighbours(s: Session) -> None:
             x, *routing = arguments
             room = poison_(x.new_empty(2, *x.shape))
             mine, its = (room[place] for place in places)
-            call(mine.copy_(x), *routing, out=its)
+            result = call(mine.copy_(x), *routing, out=its)
             s.require(torch.equal(raw(mine), raw(x.contiguous())), "hidden_states was changed by the call")
-            return out.copy_(its)
+            return out.copy_(result)
 
         _right_or_refused(s, side_by_side, given, f"out {what} hidden_states")
 

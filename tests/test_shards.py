@@ -103,6 +103,8 @@ def test_the_committed_durations_balance_the_rows_of_the_matrix():
             if module.FAMILY == battery.TIMED:
                 continue
             for backend in row.floor:
+                if hasattr(module, "STAGE") and backend != "triton":
+                    continue  # it shows no stages
                 assert backend in durations.means[row.device][module.FAMILY], (row.name, module.FAMILY, backend)
                 for found in battery.rows(module, on):
                     seconds = durations.of(str(on), module.FAMILY, backend, str(found.case))
