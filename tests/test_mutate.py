@@ -172,7 +172,7 @@ def ran(tmp_path_factory):
     """One run over all the bad ones: its room, what it printed, and its records by name."""
     room = tmp_path_factory.mktemp("mutants")
     tiny_bugs.write(room)
-    done = command(room, "--results=r.jsonl", "--limit=1", "--case-limit=3", "--control-runs=25", "--jobs=3")
+    done = command(room, "--results=r.jsonl", "--limit=1", "--case-limit=8", "--control-runs=25", "--jobs=3")
     assert not done.stderr, done.stderr
     records = [json.loads(line) for line in (room / "r.jsonl").read_text().splitlines()]
     return room, done, {record["mutant"]: record for record in records}
@@ -182,9 +182,9 @@ def ran(tmp_path_factory):
     "name, outcome, status, reason",
     [
         ("wrong", "killed", "failed", "outputs differ"),
-        ("hangs", "killed", "hung", "no verdict after 3 s"),
+        ("hangs", "killed", "hung", "no verdict after 8 s"),
         ("dies", "killed", "died", "the process ended with SIGSEGV"),
-        ("hungry", "killed", "died", "it held more than 1.5 GiB of memory"),
+        ("hungry", "killed", "died", "it held more than 1.0 GiB of memory"),
         ("raises", "killed", "crashed", "ValueError: no"),
         ("meant-to-raise", "killed", "crashed", "NameError"),
         ("no-program", "stillborn", "stillborn", "NameError"),
@@ -222,7 +222,7 @@ def test_survivors_are_told_first_and_the_exit_code_is_1(ran):
 
 def test_what_a_file_holds_is_not_run_again(ran):
     room = ran[0]
-    again = command(room, "--results=r.jsonl", "--limit=1", "--case-limit=3", "wrong", "dies", "--floor=1")
+    again = command(room, "--results=r.jsonl", "--limit=1", "--case-limit=8", "wrong", "dies", "--floor=1")
     assert again.returncode == 0 and "2 of them are in it already" in again.stdout
     assert "killed 2 of 2 bugs" in again.stdout
     assert len((room / "r.jsonl").read_text().splitlines()) == len(ran[2])

@@ -64,7 +64,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from harness.mutate import asking, bugs
-asking.MEMORY = 6 << 30
+asking.MEMORY = 4 << 30
 bugs.KERNELS, bugs.BUGS = Path(sys.argv[1]) / "kernels", Path(sys.argv[1]) / "bugs"
 from harness.cli import main
 sys.exit(main(["mutate", *sys.argv[2:]]))
