@@ -149,7 +149,8 @@ class _Cases:
         except (devices.DeviceLost, backends.BackendError) as error:
             yield _judged(self._bug, *at, "crashed", f"{type(error).__name__}: {error}")
             return
-        if verdict.status == "crashed" and COMPILED_NOT in verdict.reason and not self._compiles(backend):
+        meant = self._bug.raises and self._bug.raises in verdict.reason
+        if COMPILED_NOT in verdict.reason and not meant and not self._compiles(backend):
             verdict.status = "stillborn"
         # Outputs that are right, or were not looked at, and a failure all the same: what was promised beside them.
         status = "promise" if verdict.status == "failed" and verdict.budget <= 1 else verdict.status

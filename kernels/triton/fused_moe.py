@@ -87,7 +87,7 @@ def fused_moe(
     if hidden_states.shape[0] == 0:
         return out
     batch = (hidden_states, topk_weights.contiguous(), topk_ids.contiguous(), out)
-    # Four views cost as much time on the host as half a launch.
+    # A batch that is not cut gets no views of itself: each would be an operator more before the first launch.
     parts = [batch] if chunk >= hidden_states.shape[0] else zip(*(tensor.split(chunk) for tensor in batch))
     for x, weights, ids, rows in parts:
         low_latency = path == "low_latency" or (
