@@ -157,7 +157,7 @@ class _Cases:
         run = _judged(self._bug, *at, status, verdict.reason, verdict.seconds)
         run.more = {"cause": verdict.cause, "stage": verdict.stage} if verdict.cause or verdict.stage else {}
         if self._watcher:
-            run.more |= {"seen": len(self._watcher.seen), "rejected": self._watcher.rejected()}
+            run.more |= self._watcher.told()
         yield run
 
     def _compiles(self, backend: Any) -> bool:

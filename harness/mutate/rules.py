@@ -121,18 +121,22 @@ RULES = {
 
 
 class Watcher:
-    """Keeps every output that the harness judges (harness.check.WATCHERS), to be judged by these rules as well."""
+    """Judges every output that the harness judges (harness.check.WATCHERS) by these rules as well, there and then: who
+    kept the tensors would be the reason that they outlive their layer (swap.dropped)."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._rules = [RULES[name] for name in names]
-        self.seen: list[Judged] = []
+        self._seen = 0
+        self._rejecting: set[str] = set()
 
     def __call__(self, out: Tensor, given: Inputs, judgement: Any) -> None:
         if out.numel():
-            # Copies: whoever is judged next may write into the same memory.
-            self.seen.append(Judged(out.clone(), judgement.expected.to(out.device), given))
+            self._seen += 1
+            judged = Judged(out, judgement.expected.to(out.device), given)
+            self._rejecting |= {rule.name for rule in self._rules if not rule.accepts(judged)}
 
-    def rejected(self) -> list[str]:
-        """The rules that reject one of the outputs since it was last asked."""
-        seen, self.seen = self.seen, []
-        return [rule.name for rule in self._rules if not all(map(rule.accepts, seen))]
+    def told(self) -> dict[str, Any]:
+        """How many outputs there were since it was last asked, and the rules that reject one of them."""
+        found = {"seen": self._seen, "rejected": [r.name for r in self._rules if r.name in self._rejecting]}
+        self._seen, self._rejecting = 0, set()
+        return found
