@@ -1,6 +1,7 @@
 """Cases judged in a process apart: one that crashes, hangs or loses the device costs that process, and is a verdict.
 
-The process is forked on the CPU; a GPU's driver does not survive that, so that there it is started anew.
+The process is forked on the CPU; a GPU's driver does not survive that, so that there it is started anew. So it is where
+a time limit is running already: a fork of faulthandler's watchdog would wait for a thread that it does not have.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class Broken(Exception):
 class Apart:
     """`with Apart(spec, device) as apart: apart.run(case)`: verdicts on one backend, each from a living process."""
 
-    def __init__(self, spec: str, device: Device, limit: float = LIMIT) -> None:
+    def __init__(self, spec: str, device: Device, limit: float = LIMIT, forks: bool = True) -> None:
         self.spec, self.device, self.limit = spec, device, limit
-        self._context: Any = multiprocessing.get_context("fork" if device.torch.type == "cpu" else "spawn")
+        self._forks = forks and device.torch.type == "cpu"
+        self._context: Any = multiprocessing.get_context("fork" if self._forks else "spawn")
         self._process: Any = None
         self._pipe: Any = None
         self._room = tempfile.TemporaryDirectory(prefix="moe-apart-")
@@ -59,7 +61,7 @@ class Apart:
         waiting = self.limit + GRACE
         if self._process is None:
             self._pipe, theirs = self._context.Pipe()
-            forked = self._pipe if self.device.torch.type == "cpu" else None
+            forked = self._pipe if self._forks else None
             arguments = (theirs, forked, self.spec, self.device, self.limit, self._stacks, list(sys.path))
             self._process = self._context.Process(target=_serve, args=arguments, daemon=True)
             self._process.start()

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from harness import battery
+from harness import battery, ledger
 from harness import device as devices
 from harness.backend import BackendError
 from harness.controller import VERDICT, Controller
@@ -48,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--require-device", action="append", default=[], choices=DEVICES, help="an error if this device is not here")
     add("--results", type=Path, metavar="PATH", help="append one JSON line for every verdict to this file")
     add("--floor", type=Path, metavar="PATH", help="fail if fewer cases ran than this file wants (cases/floor.toml)")
+    add("--ledger", type=Path, default=ledger.LEDGER, metavar="PATH", help="known failures (cases/ledger.toml)")
     add("--shard", metavar="I/N", help="only the I-th of N parts of the items, of about the same duration")
     add("--durations-from", type=Path, metavar="PATH", help="with --shard: past durations, or a results file")
     add("--case-timeout", type=float, default=300, metavar="SECONDS", help="a case's time limit (300; 0: none)")
@@ -86,6 +87,10 @@ class Harness:
         #: how many cases a backend could not run on a device, by (backend, device, reason)
         self.missed: Counter[tuple[str, str, str]] = Counter()
         self._backends: list[tuple[str, Any]] = []
+        try:
+            self.ledger = ledger.read(option.ledger)
+        except ledger.LedgerError as error:
+            raise pytest.UsageError(str(error)) from error
         if option.backend:
             self._require_usable()
         names = [backend.name for _, backend in self._backends]
@@ -302,11 +307,16 @@ def check(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         pytest.fail("the test never called check(): it proves nothing", pytrace=False)
 
 
-def _verdict(asked: Asked, benchmark: Any) -> Verdict:
+def _verdict(asked: Asked, known: list[ledger.Known], benchmark: Any) -> Verdict:
     if benchmark is not None:
         from harness.perf.benchmark import judged
 
         return judged(asked, benchmark)
+    if any(entry.status in ledger.ENDS for entry in known):
+        from harness.apart import Apart
+
+        with Apart(asked.spec, asked.device, forks=False) as apart:  # or what is known would end this process
+            return replace(apart.run(asked.case), family=asked.family, backend=asked.backend.name)
     from harness import check as checks
 
     return checks.run(asked.case, asked.backend, asked.device, family=asked.family)
@@ -322,11 +332,13 @@ def _check(harness: Harness, asked: Asked, item: pytest.Item, benchmark: Any) ->
     hung = found(replace(blank, reason=f"no answer in {seconds:g} s (--case-timeout)", seconds=seconds))
     harness.note(nodeid=item.nodeid, started=time.time(), record=hung)
     lost = ""
+    known = ledger.covering(harness.ledger, asked.case, asked.backend.name, str(asked.device))
     with time_limit(seconds, lambda: harness.end_process(hung), harness.stderr):
         try:
-            verdict = _verdict(asked, benchmark)
+            verdict = _verdict(asked, known, benchmark)
             if verdict.status in ("failed", "crashed"):
                 asked.device.synchronize()  # was it this case's answer, or has the device been lost?
+            verdict = ledger.judged(verdict, known)
         except BackendError as error:
             verdict = replace(blank, status="crashed", reason=str(error))
         except DeviceLost as error:
@@ -343,6 +355,8 @@ def _check(harness: Harness, asked: Asked, item: pytest.Item, benchmark: Any) ->
     item.user_properties.append((VERDICT, json.dumps(record, default=str)))
     if verdict.status == "unsupported":
         pytest.skip(verdict.reason)
+    elif verdict.status == "known":
+        pytest.xfail(verdict.known)
     elif not verdict.green:
         told = [verdict.report.rstrip() or verdict.reason]
         if not told[0].endswith(record["reproduce"]):

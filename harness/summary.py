@@ -12,6 +12,7 @@ WIDTH = 120
 FAILED = ("failed", "crashed", "hung")
 JUDGED = ("passed", "failed", "mistrusted")
 LEGEND = "A cell: passed/failed+crashed+hung/mistrusted/unsupported, largest share of the error budget (above 1 fails)."
+LEGEND_KNOWN = "A fifth number: known failures (cases/ledger.toml), which failed as they are known to."
 
 Record = dict[str, Any]
 
@@ -43,7 +44,7 @@ def render(
     if records:
         blocks.append(table(records, by_family=not short))
     blocks += [[] if short else not_run(records), unavailable(missing)]
-    blocks += [mistrusted(records, 3 if short else 5), failures(records, 3 if short else 10)]
+    blocks += [mistrusted(records, 3 if short else 5), known(records), failures(records, 3 if short else 10)]
     blocks.append((totals(records, seconds) if records else []) + ([f"Results: {results}"] if results else []))
     lines: list[str] = []
     for block in filter(None, blocks):
@@ -74,7 +75,7 @@ def table(records: list[Record], by_family: bool = True, width: int = WIDTH) -> 
         lines.append(line("", fold))
         lines += [line(who, (cell(groups.get((who, family), [])) for family in fold)) for who in rows]
         lines += [""] if shown else []
-    return [*lines, LEGEND]
+    return [*lines, LEGEND, *([LEGEND_KNOWN] if any(r["status"] == "known" for r in records) else [])]
 
 
 def _column_width(groups: dict[tuple[str, str], list[Record]], rows: list[str], family: str) -> int:
@@ -82,12 +83,15 @@ def _column_width(groups: dict[tuple[str, str], list[Record]], rows: list[str], 
 
 
 def cell(records: list[Record]) -> str:
-    """118/0/2/40 0.83: counts, and the largest share of the budget ("-": nothing was judged); "-" for no records."""
+    """118/0/2/40 0.83: counts, and the largest share of the budget ("-": nothing was judged); "-" for no records.
+
+    A fifth count is that of known failures, if there are any."""
     if not records:
         return "-"
     counts = Counter(r["status"] for r in records)
     failed = sum(counts[status] for status in FAILED)
     numbers = f"{counts['passed']}/{failed}/{counts['mistrusted']}/{counts['unsupported']}"
+    numbers += f"/{counts['known']}" if counts["known"] else ""
     judged = [float(r["budget"]) for r in records if r["status"] in JUDGED]
     return f"{numbers} {share(max(judged)) if judged else '-'}"
 
@@ -102,7 +106,7 @@ def share(budget: float) -> str:
 def totals(records: list[Record], seconds: float = 0.0) -> list[str]:
     """What ran, and what did not: an unsupported verdict is none that was executed."""
     counts = Counter(r["status"] for r in records)
-    parts = [f"{counts[s]} {s}" for s in ("passed", "failed", "crashed", "hung", "mistrusted") if counts[s]]
+    parts = [f"{counts[s]} {s}" for s in ("passed", "failed", "crashed", "hung", "known", "mistrusted") if counts[s]]
     took = f" in {duration(seconds)}" if seconds else ""
     lines = [f"Executed {number(len(records) - counts['unsupported'], 'verdict')}{took}: {', '.join(parts) or 'none'}."]
     if counts["unsupported"]:
@@ -156,6 +160,18 @@ def failures(records: list[Record], most: int) -> list[str]:
     if len(found) > most:
         lines.append(f"  and {len(found) - most} more")
     return ["Failures:", *lines] if lines else []
+
+
+def known(records: list[Record]) -> list[str]:
+    """What failed as the ledger says, by its entry."""
+    entries: dict[str, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        if record["status"] == "known":
+            entries[record["known"]][_who(record)] += 1
+    ordered = sorted(entries.items(), key=lambda entry: (-entry[1].total(), entry[0]))
+    digits = len(str(ordered[0][1].total())) if ordered else 0
+    lines = [cut(f"  {who.total():{digits}}  {', '.join(sorted(who))}: {text}") for text, who in ordered]
+    return ["Known failures (cases/ledger.toml), which failed again:", *lines] if lines else []
 
 
 def mistrusted(records: list[Record], most: int) -> list[str]:

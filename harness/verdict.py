@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 #: passed, failed: judged. mistrusted: matched, but the output proves little. unsupported: declared, with a reason of
-#: backend.UNSUPPORTED. crashed: an exception, or the device was lost. hung: the time limit.
-STATUSES = ("passed", "failed", "mistrusted", "unsupported", "crashed", "hung")
-GREEN = ("passed", "mistrusted", "unsupported")
+#: backend.UNSUPPORTED. crashed: an exception, or the device was lost. hung: the time limit. known: it failed as the
+#: ledger says (harness/ledger.py).
+STATUSES = ("passed", "failed", "mistrusted", "unsupported", "crashed", "hung", "known")
+GREEN = ("passed", "mistrusted", "unsupported", "known")
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Verdict:
     error_map: dict[str, Any] = field(default_factory=dict)  #: of a failed call (harness/error_map.py)
     cause: str = ""  #: the mistake that a failed call's output looks like (harness/suspects.py)
     stage: str = ""  #: the first of its stages that is wrong by itself (harness/localise.py)
+    known: str = ""  #: the entry of the ledger that says why it is "known" (harness/ledger.py)
     spec: str = ""  #: how --backend named the backend: a name, or package.module:object
 
     def __post_init__(self) -> None:

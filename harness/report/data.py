@@ -20,7 +20,7 @@ TEXT = 20_000  #: characters of one report
 BINS = 20  #: of the budget from 0 to 1
 GROUPS = 200  #: reasons that are listed, at most
 NUMBERS = (int, float)
-LETTERS = dict(zip(STATUSES, "pfmuch"))
+LETTERS = dict(zip(STATUSES, "pfmuchk"))
 STALE = 7 * 86400  #: seconds after which a place that did not run with the newest is remarked on
 
 Row = tuple[Place, Item, Record]
@@ -283,13 +283,13 @@ def not_run(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def reasons(rows: list[Row]) -> list[dict[str, Any]]:
-    """What is red or mistrusted by its reason, whatever numbers are in it; red first, the most frequent first."""
+    """What is red, mistrusted or known by its reason, whatever numbers are in it; red first, the most frequent first."""
     found: dict[tuple[bool, str, str], list[int]] = defaultdict(list)
     for n, (_, _, record) in enumerate(rows):
         status = record["status"]
-        if status in FAILED or status == "mistrusted":
-            text = re.sub(r"\d+(\.\d+)?", "#", str(record.get("reason", "")))
-            found[status == "mistrusted", status, text].append(n)
+        if status in FAILED or status in ("mistrusted", "known"):
+            text = record.get("known") or re.sub(r"\d+(\.\d+)?", "#", str(record.get("reason", "")))
+            found[status not in FAILED, status, text].append(n)
     ordered = sorted(found.items(), key=lambda entry: (entry[0][0], -len(entry[1]), entry[0]))
     return [
         {

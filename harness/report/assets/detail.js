@@ -1,6 +1,6 @@
 // One case: everything that its record says, in a dialog. Escape closes it; the address names it.
 
-const HISTORY = { p: 'passed', f: 'failed', m: 'mistrusted', u: 'unsupported', c: 'crashed', h: 'hung' };
+const HISTORY = { p: 'passed', f: 'failed', m: 'mistrusted', u: 'unsupported', c: 'crashed', h: 'hung', k: 'known' };
 const OFF_BY = { sigma: 'predicted standard deviations (\u03c3) of the element', rms: 'the root mean square of the expected output' };
 
 class Detail {

@@ -7,7 +7,7 @@ function summarySection(data) {
     ? [el('span', { class: 'red' }, `\u2715 ${number(bad)} red`), ` of ${many(ran, 'verdict')} at ${places}`]
     : [`\u2713 None red of ${many(ran, 'verdict')} at ${places}`];
   const turned = data.places.flatMap((place) => place.turned_red.map(([family, backend, name]) => ({ place, family, backend, name })));
-  const parts = [['passed', 'passed'], ['mistrusted', 'mistrusted (matched, but the output proves little)']].filter(([status]) => data.counts[status]).map(([status, text]) => `${number(data.counts[status])} ${text}`);
+  const parts = [['passed', 'passed'], ['mistrusted', 'mistrusted (matched, but the output proves little)'], ['known', 'known failures (in the ledger)']].filter(([status]) => data.counts[status]).map(([status, text]) => `${number(data.counts[status])} ${text}`);
   if (data.counts.unsupported) parts.push(`${number(data.counts.unsupported)} not run, for declared reasons`);
   return section('summary', 'Summary',
     el('p', { class: 'verdict' }, verdict),
@@ -44,7 +44,7 @@ function matrixSection(data, cases) {
   return section('matrix', 'Matrix',
     el('p', { class: 'muted' }, 'The figure at the right of a cell is the largest share of the error budget that a case used: above 1 fails. A cell leads to its cases; arrow keys move between cells.'),
     el('div', { class: 'scroll' }, grid),
-    el('div', { class: 'legend', id: 'matrix-legend' }, key('l0', 'below 0.3'), key('l1', '0.3 to 0.6'), key('l2', '0.6 to 0.8'), key('l3', '0.8 to 0.95'), key('l4', '0.95 to 1: close'), key('lred', 'red'), key('lnone', 'nothing was judged'), el('span', {}, '? n: n cases are mistrusted')));
+    el('div', { class: 'legend', id: 'matrix-legend' }, key('l0', 'below 0.3'), key('l1', '0.3 to 0.6'), key('l2', '0.6 to 0.8'), key('l3', '0.8 to 0.95'), key('l4', '0.95 to 1: close'), key('lred', 'red'), key('lnone', 'nothing was judged'), el('span', {}, '? n: n cases are mistrusted; n known: they failed as the ledger says')));
 }
 
 // A long name may be folded behind an underscore.
@@ -61,9 +61,9 @@ function merged(cells) {
 
 function matrixCell(cell, family, cases) {
   const bad = red(cell.counts), used = value(cell.worst);
-  const { passed = 0, mistrusted = 0, unsupported = 0 } = cell.counts;
-  const first = bad ? `\u2715 ${number(bad)} red` : passed ? `${number(passed)} passed` : mistrusted ? `${number(mistrusted)} mistrusted` : 'not run';
-  const rest = [bad && passed && `${number(passed)} passed`, (bad || passed) && mistrusted && `? ${number(mistrusted)}`, unsupported && `${number(unsupported)} ${first === 'not run' ? 'unsupported' : 'not run'}`].filter(Boolean).join(', ');
+  const { passed = 0, mistrusted = 0, known = 0, unsupported = 0 } = cell.counts;
+  const first = bad ? `\u2715 ${number(bad)} red` : passed ? `${number(passed)} passed` : mistrusted ? `${number(mistrusted)} mistrusted` : known ? `${number(known)} known` : 'not run';
+  const rest = [bad && passed && `${number(passed)} passed`, (bad || passed) && mistrusted && `? ${number(mistrusted)}`, (bad || passed || mistrusted) && known && `${number(known)} known`, unsupported && `${number(unsupported)} ${first === 'not run' ? 'unsupported' : 'not run'}`].filter(Boolean).join(', ');
   const name = `${cell.backend}, ${family || 'all families'}: ${first}${rest ? `, ${rest.replace('?', 'mistrusted')}` : ''}${used === null ? '' : `; worst budget ${share(used)}`}`;
   return el('button', { type: 'button', class: `cell ${bad ? 'lred' : level(used)}`, 'aria-label': name, 'data-column': family, onclick: () => cases.show({ family, backend: cell.backend, place: String(cell.place) }) },
     el('span', { class: 'top' }, el('span', { class: bad ? 'red' : '' }, first), used !== null && el('span', { class: 'share' }, share(used))), el('small', {}, rest || '\u00a0'));
@@ -75,7 +75,7 @@ function reasonsSection(data, cases, detail) {
   const told = data.reasons.map((r) => [el('span', { class: `status ${r.status}` }, r.status), number(r.count), data.text('reason', r.row) || 'no reason given', few(names(r.backends)), few(names(r.families)),
     el('button', { type: 'button', class: 'link mono', onclick: () => detail.open(r.row, [r.row]) }, data.text('case', r.row))]);
   const columns = [['Verdict', 'nowrap'], ['Cases', 'n'], ['Reason of the first', ''], ['Backends', ''], ['Families', ''], ['Such as', '']];
-  return section('reasons', 'Red and mistrusted, by reason',
+  return section('reasons', 'Red, mistrusted and known, by reason',
     told.length ? [table('Each reason once, whatever numbers are in it.', columns, told.slice(0, 15)), told.length > 15 && el('details', {}, el('summary', {}, `${many(told.length - 15, 'rarer reason')}`), table(null, columns, told.slice(15)))]
       : el('p', {}, 'Nothing is red, and no match is mistrusted.'));
 }
