@@ -10,6 +10,7 @@ and, if it wants,
 
     available()           None, or one line: why it cannot be used here (a package is missing)
     supports(problem)     None, or "<keyword>: reason" with a keyword of UNSUPPORTED
+    declares(problem)     what the adapted package says of itself: None, or its reason (moe-harness capabilities)
     plans(problem)        its rounding plans, a list of dicts (reference/plan.py); undeclared: usual ones are tried
     interpreted           True for Triton kernels: on the CPU they need Triton's interpreter
     deterministic         False: repeated calls may differ in bits

@@ -21,7 +21,7 @@ from harness import backend as backends
 from harness import battery, results, summary
 from harness import device as devices
 from harness.backend import BackendError
-from harness.commands import bisect, compare, fuzz, gather, matrix, mutate, report, structure
+from harness.commands import bisect, capabilities, compare, fuzz, gather, matrix, mutate, report, structure
 from harness.commands.common import ROOT, Wrong, environment, the_device
 from harness.device import DEVICES, Device, DeviceLost
 from harness.problem import FILLS, Case, DescriptorError, Problem
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(floor, "floor", "A floor file made from a results file: 90 %% of what the last run executed.")
     sub.add_argument("results", type=Path, help="a results file (JSON Lines)")
 
-    for module in (structure, compare, bisect, matrix, mutate, fuzz, gather, report):
+    for module in (capabilities, structure, compare, bisect, matrix, mutate, fuzz, gather, report):
         module.register(add)
     return parser
 
