@@ -1,4 +1,4 @@
-"""Backend "grouped-mm": the layer as two of torch's grouped matrix products, on any device that has them.
+"""Backend "torch-grouped-mm": the layer as two of torch's grouped matrix products, on any device that has them.
 
 Pairs (token, slot) are sorted by expert, multiplied, activated in float32, multiplied again, put back in (token, slot)
 order and summed over the slots in float32: a gather, no atomics, so the result is deterministic. Nothing depends on
@@ -57,7 +57,7 @@ class GroupedMM:
     """Sort, grouped_mm, activation, grouped_mm, weighted sum. Unquantized, every activation, either layout, expert
     parallelism, invalid ids, shared experts."""
 
-    name = "grouped-mm"
+    name = "torch-grouped-mm"
     devices = {"cpu", "cuda", "xpu"}
     promises = {"errors", "no_wait", "graph"}
 

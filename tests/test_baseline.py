@@ -262,7 +262,7 @@ def test_the_baseline_covers_what_was_lost_before():
                    ["swigluoai"], ["ep2.1"], ["kn"]):  # fmt: skip
         assert has("triton", *tokens), tokens
     assert has("triton-permute", "scratch.reuse") and has("triton-permute", "win") and has("triton-cached", "kn")
-    for backend in ("grouped-mm", "transformers-eager", "transformers-batched-mm", "transformers-grouped-mm"):
+    for backend in ("torch-grouped-mm", "transformers-eager", "transformers-batched-mm", "transformers-grouped-mm"):
         assert has(backend, "bf16"), backend
     tiles = {(f"BLOCK_M={m}", f"ALIGNED={a}") for m, a in ((16, False), (16, True), (64, True), (128, True))}
     assert all(any(set(tile) <= set(text.split()) for text in OWN.compiled) for tile in tiles)

@@ -261,7 +261,7 @@ def test_code_from_elsewhere_is_refused(repo, tmp_path, monkeypatch):
             error = error_of(found.ask, "verdict", case=CASE, backend=f"own.{module}:Plain")
             assert error.kind == "import" and f"own.{module}" in error.message
         # A backend of this repository, from an installation perhaps, is no part of theirs.
-        error = error_of(found.ask, "verdict", case=CASE, backend="grouped-mm")
+        error = error_of(found.ask, "verdict", case=CASE, backend="torch-grouped-mm")
         assert error.kind in ("import", "unsupported")
 
 

@@ -40,12 +40,12 @@ def test_run_tells_everything(made_up, capsys):
         "failed", reason="off by one", report="off by one\n  token 0 is wrong\n", budget=2.5, statistic="rho",
         budgets={"class": 0.0, "rho": 2.5}, plan="act=io", seconds=0.25, calls=2, trace=trace,
     )  # fmt: skip
-    code, out, _ = told(capsys, "run", CASE, "--backend", "grouped-mm")
+    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
     assert code == 1
     assert (
         out
         == f"""\
-{CASE} on grouped-mm, cpu
+{CASE} on torch-grouped-mm, cpu
   4 tokens of 64, top 2 of 8 experts of 64
   bf16, unquantized
   w13 8x128x64, layout kn; topk_ids int32, routing uniform
@@ -60,7 +60,7 @@ failed: off by one
 
   token 0 is wrong
 
-python3 -m harness run {CASE} --backend grouped-mm --device cpu
+python3 -m harness run {CASE} --backend torch-grouped-mm --device cpu
 """
     )
 
@@ -79,7 +79,7 @@ def test_run_a_kernel_of_ones_own_with_several_seeds(made_up, capsys, tmp_path, 
 
 def test_run_says_that_an_unsupported_case_was_not_run_and_counts_seeds(made_up, capsys):
     made_up("unsupported", reason="quant: bf16 only")
-    code, out, _ = told(capsys, "run", CASE, "--backend", "grouped-mm", "--seeds", "2")
+    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm", "--seeds", "2")
     assert code == 0 and out.count("\nunsupported, so it was not run: quant: bf16 only\n\n") == 2
     assert out.endswith("\n\n2 seeds: 2 unsupported\n")
 
@@ -89,7 +89,7 @@ def test_run_says_when_the_device_is_lost(monkeypatch, capsys):
         raise device.DeviceLost("cuda does not answer any more")
 
     monkeypatch.setattr("harness.check.run", lost)
-    code, _, err = told(capsys, "run", CASE, "--backend", "grouped-mm")
+    code, _, err = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
     assert code == 1 and err == "moe-harness: the device is lost: cuda does not answer any more\n"
 
 
@@ -140,7 +140,7 @@ def test_doctor():
     lines = done.stdout.splitlines()
     assert lines[0].startswith("python ") and lines[1].startswith("torch ")
     assert any(line.startswith("cpu: ") for line in lines)
-    assert any(line.split()[:1] == ["grouped-mm"] for line in lines)
+    assert any(line.split()[:1] == ["torch-grouped-mm"] for line in lines)
     for name in set(device.DEVICES) - set(device.present()):
         assert f"{name}: {device.why_absent(name)}" in lines
 

@@ -227,8 +227,8 @@ def test_the_default_cases_of_the_cpu():
     found = command.questions(parsed())
     counted = [q for q in found if "launches" in q.metrics]
     timed_ones = [q for q in found if "device_us" in q.metrics]
-    assert len(counted) > 10 and {"triton", "grouped-mm"} <= {q.backend for q in counted}
-    assert len(timed_ones) > 2 and {q.backend for q in timed_ones} == {"grouped-mm"}  # others are interpreted
+    assert len(counted) > 10 and {"triton", "torch-grouped-mm"} <= {q.backend for q in counted}
+    assert len(timed_ones) > 2 and {q.backend for q in timed_ones} == {"torch-grouped-mm"}  # others are interpreted
     assert not set(counted) & set(timed_ones)
     assert command.questions(parsed("--metric", "host_us"))[0].metrics == ("host_us",)
 

@@ -74,12 +74,12 @@ def test_what_is_wrong_is_named(rows, text, message):
 
 
 def test_a_floor_file_without_the_device_s_section(rows, tmp_path):
-    (tmp_path / "floor.toml").write_text("[cuda]\ntriton = 3\ngrouped-mm = 4\n")
+    (tmp_path / "floor.toml").write_text("[cuda]\ntriton = 3\ntorch-grouped-mm = 4\n")
     own = GOOD.replace("{triton = 2}", "'floor.toml'")
     with pytest.raises(MatrixError, match=r"floor='floor.toml': has no section \[cpu\]; there: cuda"):
         rows(f"[a]\n{own}")
     own = own.replace("cpu", "cuda")
-    assert rows(f"[a]\n{own}")["a"].floor == {"triton": 3, "grouped-mm": 4}
+    assert rows(f"[a]\n{own}")["a"].floor == {"triton": 3, "torch-grouped-mm": 4}
     assert rows(f"[a]\n{own}backends = ['triton']")["a"].floor == {"triton": 3}
     with pytest.raises(MatrixError, match="demands nothing"):
         rows(f"[a]\n{own}backends = ['mine']")

@@ -147,7 +147,7 @@ def test_float32_agrees_with_the_naive_layer(backend, changes):
     problem = make_problem(**changes)
     reason = backend.supports(problem, device="cpu")
     if reason is not None:
-        assert backend is not ALL[0], "grouped-mm does all of these"
+        assert backend is not ALL[0], "torch-grouped-mm does all of these"
         pytest.skip(reason)
     layer, call = make_layer(problem), make_call(problem)
     torch.testing.assert_close(run(backend, layer, call).double(), naive(layer, *call), rtol=1e-5, atol=1e-5)

@@ -72,19 +72,19 @@ def test_the_commit_is_unknown_outside_of_git(tmp_path, monkeypatch):
 def test_a_new_floor_is_ninety_percent_of_the_last_run(tmp_path):
     old = [verdict("passed") | {"run": "1"}] * 50
     new = [verdict(s) | {"run": "2"} for s in ["passed"] * 15 + ["mistrusted", "failed", "hung", "crashed"]]
-    other = [verdict("passed", "grouped-mm", device="xpu (emulated)") | {"run": "0"}] * 10
+    other = [verdict("passed", "torch-grouped-mm", device="xpu (emulated)") | {"run": "0"}] * 10
     text = results.new_floor([*old, *other, *new, verdict("unsupported") | {"run": "2"}])
-    assert text.splitlines()[2:] == ["", "[cpu]", "triton = 17", "", "[xpu-emulated]", "grouped-mm = 9"]
+    assert text.splitlines()[2:] == ["", "[cpu]", "triton = 17", "", "[xpu-emulated]", "torch-grouped-mm = 9"]
     path = tmp_path / "floor.toml"
     path.write_text(text)
     floor = results.read_floor(path)
-    assert floor == {"cpu": {"triton": 17}, "xpu-emulated": {"grouped-mm": 9}}
+    assert floor == {"cpu": {"triton": 17}, "xpu-emulated": {"torch-grouped-mm": 9}}
     assert results.shortfalls(floor, new, ["cpu"]) == []
-    assert results.shortfalls(floor, new[:16], ["cpu"], ["grouped-mm"]) == []
+    assert results.shortfalls(floor, new[:16], ["cpu"], ["torch-grouped-mm"]) == []
     short = results.shortfalls(floor, new[:16], ["cpu", "xpu (emulated)"])
     assert [line.partition(" are due")[0] for line in short] == [
         "floor: triton on cpu executed 16 verdicts, at least 17",
-        "floor: grouped-mm on xpu-emulated executed 0 verdicts, at least 9",
+        "floor: torch-grouped-mm on xpu-emulated executed 0 verdicts, at least 9",
     ]
 
 
@@ -107,10 +107,10 @@ def test_a_floor_that_makes_no_sense(tmp_path, text, message):
 RECORDS = [
     *[verdict("passed", budget=b) for b in (0.0, 0.81)],
     verdict("failed", family="weight_swap", reason="off by one", budget=12.5, case="t2-h64"),
-    *[verdict("unsupported", "grouped-mm", reason="quant: bf16 only")] * 3,
-    verdict("unsupported", "grouped-mm", reason="quant: no fp8"),
-    verdict("unsupported", "grouped-mm", "weight_swap", reason="scenario: keeps nothing"),
-    verdict("mistrusted", "grouped-mm", reason="few outputs are telling", budget=0.5, case="t3-h64"),
+    *[verdict("unsupported", "torch-grouped-mm", reason="quant: bf16 only")] * 3,
+    verdict("unsupported", "torch-grouped-mm", reason="quant: no fp8"),
+    verdict("unsupported", "torch-grouped-mm", "weight_swap", reason="scenario: keeps nothing"),
+    verdict("mistrusted", "torch-grouped-mm", reason="few outputs are telling", budget=0.5, case="t3-h64"),
     verdict("hung", "triton-cached", "weight_swap", "no answer in 300 s", device="xpu (emulated)", case="t4-h64"),
 ]
 
@@ -131,21 +131,21 @@ nothing runs on cuda: no CUDA device
 This was a selection (-k h64), not a whole run.
 
                                    layers     weight_swap
-grouped-mm@cpu               0/0/1/4 0.50       0/0/0/1 -
+torch-grouped-mm@cpu         0/0/1/4 0.50       0/0/0/1 -
 triton@cpu                   2/0/0/0 0.81   0/1/0/0 12.50
 triton-cached@xpu-emulated              -       0/1/0/0 -
 A cell: passed/failed+crashed+hung/mistrusted/unsupported, largest share of the error budget (above 1 fails).
 
 Not run because the backend declares that it does not support the case:
-  quant    4  mostly grouped-mm@cpu: bf16 only
-  scenario 1  grouped-mm@cpu: keeps nothing
+  quant    4  mostly torch-grouped-mm@cpu: bf16 only
+  scenario 1  torch-grouped-mm@cpu: keeps nothing
 
 Backends that cannot run here:
   eager@cpu missed 40 cases: package: transformers is not installed
 
 Mistrusted, since the output proves little although it matched:
   1  few outputs are telling
-     such as grouped-mm@cpu t3-h64
+     such as torch-grouped-mm@cpu t3-h64
 
 Failures:
   failed: triton@cpu: off by one

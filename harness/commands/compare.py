@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from harness.perf.compare import Question, Row
 
 BUDGET, THRESHOLD = 900.0, 1.0
-ON_CPU = "grouped-mm"  #: the backend that is timed there: others need the interpreter
+ON_CPU = "torch-grouped-mm"  #: the backend that is timed there: others need the interpreter
 ON_GPU = "triton"
 EPILOG = """\
 BASE and HEAD are commits, tags, branches, or the word "worktree" for the working tree with its uncommitted changes

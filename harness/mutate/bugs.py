@@ -44,9 +44,9 @@ FOLLOWS = {
     "triton/permute.py": ("triton-permute",),
     "triton/backend.py": ("triton", "triton-permute", "triton-chunked"),
     "cached.py": ("triton-cached",),
-    "grouped.py": ("grouped-mm",),
-    "layer.py": ("triton", "triton-permute", "triton-cached", "grouped-mm"),
-    "checks.py": ("triton", "triton-permute", "triton-cached", "grouped-mm"),
+    "grouped.py": ("torch-grouped-mm",),
+    "layer.py": ("triton", "triton-permute", "triton-cached", "torch-grouped-mm"),
+    "checks.py": ("triton", "triton-permute", "triton-cached", "torch-grouped-mm"),
 }
 REQUIRED = ("source", "edit", "old", "new", "reveals")
 OPTIONAL = ("backends", "cause", "device", "survives", "raises")
