@@ -3,7 +3,7 @@
 Needs nothing but the standard library, so that a job can ask before anything is installed:
 
     python3 -m harness.matrix --json --when change      the jobs, for GitHub's fromJSON
-    python3 -m harness.matrix --install ROW             what a row needs, into .venv
+    python3 -m harness.matrix --install ROW             what a row needs, into .venv (--venv: elsewhere)
 
 A row is run by `python3 -m harness matrix ROW` (harness/commands/matrix.py), in CI as anywhere else.
 """
@@ -59,6 +59,7 @@ class Row:
     options: tuple[str, ...] = ()
     python: str = ""
     extras: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
     constraints: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     compare: tuple[str, ...] | None = None
@@ -151,6 +152,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "options": (_words, "a list of strings"),
     "python": (_text, "a string"),
     "extras": (_words, "a list of strings"),
+    "packages": (_words, "a list of strings"),
     "constraints": (_text, "a string"),
     "environment": (lambda value: isinstance(value, dict) and all(map(_text, value.values())), "a table of strings"),
     "compare": (_words, "a list of strings"),
@@ -218,12 +220,14 @@ def variables(row: Row, shard: str) -> dict[str, str]:
 
 def install_commands(row: Row, venv: str = ".venv") -> list[list[str]]:
     """What makes the virtual environment of a row. Without a Python of its own, the machine's packages stay as they
-    are (a torch built for its GPU) and the rest is added."""
+    are (a torch built for its GPU) and the rest is added. The packages under test come alone: many of them would bring a
+    torch of their own."""
     system = [] if row.python else ["--system-site-packages"]
     what = f".[{','.join(row.extras)}]" if row.extras else "."
     constraints = ["-c", row.constraints] if row.constraints else []
     pip = [f"{venv}/bin/python", "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q"]
-    return [[sys.executable, "-m", "venv", *system, venv], [*pip, "-e", what, *constraints]]
+    alone = [[*pip, "--no-deps", *row.packages]] if row.packages else []
+    return [[sys.executable, "-m", "venv", *system, venv], [*pip, "-e", what, *constraints], *alone]
 
 
 # -- the command line of this module ----------------------------------------------------------------------------------
@@ -233,7 +237,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the jobs, as GitHub's strategy.matrix has them")
     parser.add_argument("--when", choices=WHEN, help="with --json: only rows that run then")
     parser.add_argument("--runners", metavar="LABELS", help="with --json: own labels of the self-hosted runners (all)")
-    parser.add_argument("--install", action="store_true", help="make .venv with what ROW needs")
+    parser.add_argument("--install", action="store_true", help="make a virtual environment with what ROW needs")
+    parser.add_argument("--venv", default=".venv", metavar="DIR", help="with --install: where (.venv)")
 
 
 def plain(args: argparse.Namespace) -> int:
@@ -242,7 +247,7 @@ def plain(args: argparse.Namespace) -> int:
     if args.install:
         if not args.row:
             raise MatrixError(f"--install: of which row? one of {', '.join(rows)}")
-        for command in install_commands(of(args.row, rows)):
+        for command in install_commands(of(args.row, rows), args.venv):
             print(f"moe-harness: {shlex.join(command)}", flush=True)
             if code := subprocess.run(command, cwd=ROOT).returncode:
                 return code

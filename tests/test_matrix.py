@@ -134,6 +134,10 @@ def test_what_is_installed(rows, monkeypatch, tmp_path):
     assert venv[1:] == ["-m", "venv", ".venv"] and pip[-4:] == ["-e", ".[a,b]", "-c", "c.txt"]
     venv, pip = matrix.install_commands(made["own"])
     assert venv[1:] == ["-m", "venv", "--system-site-packages", ".venv"] and pip[-2:] == ["-e", "."]
+    (made,) = rows(f"[others]\n{GOOD}packages=['vllm==1', 'x']").values()
+    venv, _, alone = matrix.install_commands(made, ".venv-x")
+    assert venv[-1] == ".venv-x" and alone[0] == ".venv-x/bin/python" and alone[-3:] == ["--no-deps", "vllm==1", "x"]
+    rows(f"[own]\n{GOOD}")
     codes = iter([0, 7])
     monkeypatch.setattr(subprocess, "run", lambda words, cwd: subprocess.CompletedProcess(words, next(codes)))
     assert matrix.main(["own", "--install"]) == 7
