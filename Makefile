@@ -2,6 +2,7 @@
 # make test     the project's own tests                       make lint   ruff and mypy
 # make structure  what each call does, counted, and its machine code, against cases/structure.toml
 # make mutants  a part of the known bugs, put back into the kernels: is each noticed, and nobody else accused?
+# make upstream kernels that others ship (vLLM's and transformers' on the CPU, vLLM's for Intel GPUs emulated), in .venv-upstream
 # make clean    remove what these made, but for results
 #
 # The first that is made installs into $(VENV). PYTHON=... chooses another Python. SYSTEM=1 takes torch and all else that this
@@ -14,7 +15,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/moe-harness-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
 
-.PHONY: verify test lint structure mutants clean
+# A row of matrix.toml each: what runs, which versions, and how much must come of it.
+UPSTREAM := transformers vllm-cpu vllm-xpu-emulated
+UPSTREAM_VENV ?= .venv-upstream
+UPSTREAM_STAMP := $(UPSTREAM_VENV)/moe-harness-installed
+
+.PHONY: verify test lint structure mutants upstream clean
 
 verify: $(STAMP)
 	@$(BIN)/python -m harness verify
@@ -33,6 +39,17 @@ structure: $(STAMP)
 mutants: $(STAMP)
 	@$(BIN)/python -m harness mutate --part
 
+upstream: $(UPSTREAM_STAMP)
+	@mkdir -p results && rm -f results/upstream-*.jsonl
+	@code=0; for row in $(UPSTREAM); do \
+		$(UPSTREAM_VENV)/bin/python -m harness matrix $$row --results results/upstream-$$row.jsonl || code=1; \
+	done; $(UPSTREAM_VENV)/bin/python -m harness summary results/upstream-*.jsonl || code=1; exit $$code
+
+$(UPSTREAM_STAMP): matrix.toml pyproject.toml setup.py constraints.txt
+	@echo "Installing into $(UPSTREAM_VENV) with $$("$(PYTHON)" --version) (minutes, once)"
+	@"$(PYTHON)" -m harness.matrix $(lastword $(UPSTREAM)) --install --venv "$(UPSTREAM_VENV)" >/dev/null
+	@touch $@
+
 # The stamp is written last: an installation that was interrupted is taken up again.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@command -v "$(PYTHON)" >/dev/null || { echo "make: no $(PYTHON) here; name one with PYTHON=..." >&2; exit 1; }
@@ -50,3 +67,4 @@ clean:
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks *.egg-info
 	@find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +
 	@if [ -e "$(STAMP)" ]; then rm -rf "$(VENV)"; fi
+	@if [ -e "$(UPSTREAM_STAMP)" ]; then rm -rf "$(UPSTREAM_VENV)"; fi

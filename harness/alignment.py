@@ -10,6 +10,8 @@ pairs 0 to P - 1 of topk_ids [T, k]:
     invalid     pairs whose id, or its entry of the map, is no expert's are left out, or, unless
                 ignore_invalid_experts, come last, in blocks of expert -1
     beyond      num_tokens_post_padded all is written too: P, and -1
+
+The order of an expert's pairs, and what is beyond, are asked of those that promise it ("ascending").
 """
 
 from __future__ import annotations
@@ -114,7 +116,22 @@ def check(
         require_tensor(s, name, tensor, None, torch.int32, what)
     here = tuple(t.cpu() for t in found)
     places, experts = aligned(topk_ids.cpu(), block_size, problem.num_experts, table, keep_invalid, num_local)
+    if "ascending" not in getattr(s.backend, "promises", ()):
+        here = in_order(here, block_size, places, experts)
     accept(s, complaints(topk_ids, block_size, places, experts, here), what)
+
+
+def in_order(
+    found: tuple[Tensor, ...], block_size: int, places: list[int], experts: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What align() returned, without what is beyond, and with every expert's places in ascending order."""
+    sorted_ids, expert_ids, used = found
+    sorted_ids = sorted_ids[: len(places)].clone()
+    blocks = torch.tensor(experts).repeat_interleave(block_size)[: len(sorted_ids)]
+    for expert in set(experts):
+        mine = blocks == expert
+        sorted_ids[mine] = sorted_ids[mine].sort().values
+    return sorted_ids, expert_ids[: len(experts)], used
 
 
 def _blocks(s: Session, block_size: int) -> None:

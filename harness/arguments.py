@@ -124,7 +124,7 @@ def _transposed(t: Tensor) -> Tensor:
 def _right_or_refused(s: Session, call: Callable[..., Any], given: Inputs, what: str) -> None:
     try:
         s.check(call, given, what)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:  # torch's own checks raise the last two
         named = any(word in str(error) for word in ("stride", "contiguous"))
         s.require(named, f"{what}: neither computed nor refused by its strides: {error}")
         raise Unsupported(f"scenario: {s.backend.name} refuses {what}: {str(error).splitlines()[0]}") from error

@@ -60,6 +60,14 @@ BUILTIN = (
     "kernels.upstream.transformers:Eager",
     "kernels.upstream.transformers:BatchedMM",
     "kernels.upstream.transformers:GroupedMM",
+    "kernels.upstream.vllm_cpu:FusedMoE",
+    "kernels.upstream.vllm_cpu:FusedExpertsCpu",
+    "kernels.upstream.ipex:FusedExperts",
+    "kernels.upstream.ipex:GatedMLP",
+    "kernels.upstream.vllm_xpu:VllmXpu",
+    "kernels.upstream.vllm_xpu_experts:VllmXpuExperts",
+    "kernels.upstream.vllm_triton:VllmTriton",
+    "kernels.upstream.vllm_triton:VllmTritonModular",
 )
 ENTRY_POINTS = "moe_harness.backends"
 

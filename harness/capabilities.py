@@ -39,7 +39,8 @@ DOUBLED = r"twice|squared|as well as"
 #: Tokens that replace the base's, and the mistakes (harness/bank) that mean that the flag went unheeded.
 CORNERS: dict[str, str] = {
     "": "", "bf16": "", "fp16": "", "fp32": "",
-    "gelu": "activation (silu|gelu_tanh)", "gelu_tanh": "activation (silu|gelu)$", "swigluoai": "activation silu|up \\+ 1",
+    "gelu": "activation (silu|gelu_tanh)", "gelu_tanh": "activation (silu|gelu)$",
+    "swigluoai": "activation silu|up \\+ 1",
     "relu2": "relu not squared",
     "limit1": "clamp missing|whatever the layer says", "gelu-limit1": "clamp missing|whatever the layer says",
     "swigluoai-limit3": "clamp missing|whatever the layer says",

@@ -165,6 +165,9 @@ def propagate(stages: Stages, experts: Experts, rounding: Rounding, slots: int) 
         if repeat:
             spread = spread.tossed(step, _near_tie(stages.a_ratio))
 
+    if plan.tf32:  # the oracle cuts its own `a`: where another cuts a neighbour of it, they are a step apart
+        spread = spread.store(stages.a, _ulp(stages.a, "tf32"), repeat=False)
+
     # GEMM 2, the router weight, the slot's store
     inter = stages.operand.shape[1]
     ties = [either] if either is not None else []

@@ -55,7 +55,7 @@ def draw(case: Case, device: torch.device = CPU) -> Inputs:
     problem = case.problem
     layer, handed = _layers(problem.weights_key(), case.fill, case.seed, str(device))
     rng = _generator(case, "call", device)
-    topk_ids = _topk_ids(problem, rng).to(torch.int64 if problem.ids == 64 else torch.int32)
+    topk_ids = _topk_ids(problem, rng).to(torch.int64 if problem.ids == 64 else torch.int32).contiguous()
     if case.fill == "exact":
         x = exact.hidden_states(problem, exact.structure(problem, case.seed, device), rng)
         topk_weights = exact.router_weights(problem, rng, device)

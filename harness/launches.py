@@ -79,7 +79,6 @@ def watching(callback: Callable[[Launch], None]) -> Iterator[None]:
 @contextmanager
 def shielding(pause: Callable[[], None], resume: Callable[[], None]) -> Iterator[None]:
     """Call pause() before and resume() after whatever Triton does for a launch, compiled or interpreted."""
-    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     def shielded(as_shipped: Any) -> Any:
@@ -92,7 +91,7 @@ def shielding(pause: Callable[[], None], resume: Callable[[], None]) -> Iterator
 
         return run
 
-    kinds: list[Any] = [InterpretedFunction, JITFunction]
+    kinds: list[Any] = [_interpreted(), JITFunction]
     shipped = [kind.run for kind in kinds]
     try:
         for kind in kinds:
@@ -119,9 +118,23 @@ def _tell(launch: Launch) -> None:
         callback(launch)
 
 
+def _interpreted() -> Any:
+    """InterpretedFunction; in Triton 3.4 its launches are made to go through its `run`, as they do in later ones."""
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction
+
+    kind: Any = InterpretedFunction
+    if not hasattr(kind, "run"):
+
+        def run(self: Any, *args: Any, grid: Any, **kwargs: Any) -> Any:
+            return GridExecutor(self.rewrite(), self.arg_names, grid)(*args, **kwargs)
+
+        kind.run = run
+        kind.__getitem__ = lambda self, grid: lambda *args, **kw: kind.run(self, *args, grid=grid, warmup=False, **kw)
+    return kind
+
+
 def _install() -> None:
     import triton
-    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
     def entered(metadata: Any) -> None:
@@ -132,11 +145,15 @@ def _install() -> None:
     def set_running(launch: Launch) -> None:
         _running.launch = launch
 
-    hooks = triton.knobs.runtime.launch_enter_hook
-    hooks.add(entered)
-    _undo.append(lambda: hooks.remove(entered))
+    runtime = triton.knobs.runtime
+    if (hooks := runtime.launch_enter_hook) is None:  # Triton 3.4 has one hook, or none; later ones have a chain
+        runtime.launch_enter_hook = entered
+        _undo.append(lambda: setattr(runtime, "launch_enter_hook", None))
+    else:
+        hooks.add(entered)
+        _undo.append(lambda: hooks.remove(entered))
     # Compiled, `run` may only compile (warmup): the hook tells when a kernel starts. The interpreter calls no hook.
-    _replace(InterpretedFunction, _tell)
+    _replace(_interpreted(), _tell)
     _replace(JITFunction, set_running)
 
 

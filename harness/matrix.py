@@ -220,8 +220,8 @@ def variables(row: Row, shard: str) -> dict[str, str]:
 
 def install_commands(row: Row, venv: str = ".venv") -> list[list[str]]:
     """What makes the virtual environment of a row. Without a Python of its own, the machine's packages stay as they
-    are (a torch built for its GPU) and the rest is added. The packages under test come alone: many of them would bring a
-    torch of their own."""
+    are (a torch built for its GPU) and the rest is added. The packages under test come alone: many
+    would bring a torch of their own."""
     system = [] if row.python else ["--system-site-packages"]
     what = f".[{','.join(row.extras)}]" if row.extras else "."
     constraints = ["-c", row.constraints] if row.constraints else []

@@ -81,10 +81,10 @@ def guarding(trace: Trace, limit: int | None = None) -> Iterator[list[Fault]]:
 
     guard = _Guard(trace, limit, interpreter)
     builder = interpreter.InterpreterBuilder
-    shipped = {name: getattr(builder, name) for name in guard.operators}
+    shipped = {name: getattr(builder, name) for name in guard.operators if hasattr(builder, name)}  # 3.4 has fewer
     convert = interpreter._implicit_cvt
-    for name, wrap in guard.operators.items():
-        setattr(builder, name, wrap(shipped[name]))
+    for name, function in shipped.items():
+        setattr(builder, name, guard.operators[name](function))
     interpreter._implicit_cvt = guard.argument(convert)
     try:
         yield guard.faults

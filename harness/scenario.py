@@ -31,6 +31,7 @@ PROMISES = {
     "steady_scratch": "with a scratch object, permuting allocates nothing",
     "best_first": "route() gives a token's experts best first, and of equal ones the smaller id",
     "small_sigmoids": "route() computes sigmoids to float32's relative precision, however small they are",
+    "ascending": "align() keeps an expert's pairs in ascending order, and writes all of what it returns",
     "no_wait": "a steady call reads nothing back from the device, and never waits for it",
     "graph": "a call can be captured in a graph, and replayed after inputs and weights changed in place",
     "one_build": "however many threads race the first call, one instance is built (call.instance.builds == 1)",

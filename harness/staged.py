@@ -139,7 +139,7 @@ def linear(expert: Tensor, rows: Tensor, w: Tensor, bias: Tensor | None, roundin
     out = rows.new_zeros(len(rows), w.shape[1])
     for e in expert.unique().tolist():
         mine = torch.nonzero(expert == e).flatten()
-        out[mine] = rows[mine] @ rounding.operand(w[e]).T
+        out[mine] = rows[mine] @ rounding.weights(w[e]).T
     return out if bias is None else out + bias[expert]
 
 

@@ -84,6 +84,15 @@ def round_to(x, format):
     return torch.copysign(rounded, x)  # the sign of a zero is not left to the device's rounding instruction
 
 
+def truncate_to(x, format):
+    """Float64 x of any shape, rounded toward zero to format: what is left where a unit ignores the lower bits.
+
+    Returns float64 of the same shape; NaN and infinities stay, and so does what lies beyond the largest value."""
+    require_float64(x, "x")
+    step = ulp(x, format)
+    return torch.where(torch.isfinite(x), torch.trunc(x / step) * step, x)
+
+
 def ulp(x, format):
     """The spacing of format at |x|, 2^(max(floor(log2|x|), emin) - precision + 1), for float64 x of any shape.
 

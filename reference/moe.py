@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reference.activation import combine_gate_up, is_gated, split_gate_up
-from reference.formats import round_to
+from reference.formats import round_to, truncate_to
 from reference.plan import RoundingPlan
 from reference.quant import quantize_activation
 
@@ -71,7 +71,12 @@ class Rounding:
         return round_to(value, self.io) if self.repeat and where == "io" else value
 
     def operand(self, value: Tensor) -> Tensor:
+        if self.plan.tf32 == "truncated":
+            return truncate_to(value, "tf32")
         return round_to(value, "tf32") if self.plan.tf32 else value
+
+    def weights(self, value: Tensor) -> Tensor:
+        return self.operand(round_to(value, self.io) if self.plan.weights == "io" else value)
 
     def router_weight(self, weight: Tensor) -> Tensor:
         return round_to(weight, self.io) if self.plan.router_weight == "io" else weight
@@ -160,7 +165,7 @@ def forward(
     x = rounding.operand(x)
 
     def linear1(e: int, rows: Tensor) -> Tensor:
-        h = rows @ rounding.operand(experts.w13[e]).T
+        h = rows @ rounding.weights(experts.w13[e]).T
         return h if experts.w13_bias is None else h + experts.w13_bias[e]
 
     width = experts.w13[0].shape[0]
@@ -181,7 +186,7 @@ def forward(
     operand = rounding.operand(operand)
 
     def linear2(e: int, rows: Tensor) -> Tensor:
-        y = rows @ rounding.operand(experts.w2[e]).T
+        y = rows @ rounding.weights(experts.w2[e]).T
         return y if experts.w2_bias is None else y + experts.w2_bias[e]
 
     y = _by_expert(expert, operand, hidden_states.shape[1], linear2)

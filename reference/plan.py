@@ -22,7 +22,8 @@ _VALID: dict[str, tuple[Any, ...]] = {
     "combine": ("fp32", "io"),
     "weighted_input": ("accumulator", "io"),
     "quantizes_activations": (True, False),
-    "tf32": (False, True),
+    "tf32": (False, True, "truncated"),
+    "weights": ("exact", "io"),
 }
 
 
@@ -54,7 +55,8 @@ class RoundingPlan:
     combine: str = "fp32"  #: dtype of the running sum over top_k
     weighted_input: str = "accumulator"  #: router weight on input: in GEMM 1's accumulator, or x*w rounded to io
     quantizes_activations: bool = True  #: W8A8; False is W8A16, whatever the problem's activation scheme says
-    tf32: bool = False  #: float32 operands are rounded to tf32 before each product
+    tf32: bool | str = False  #: float32 operands are rounded to tf32 before each product, or cut to it ("truncated")
+    weights: str = "exact"  #: fp8 weights times their scales: exact, as in an accumulator, or stored in io
     accumulator: Accumulator = Accumulator()
 
     def __str__(self) -> str:

@@ -154,10 +154,11 @@ def as_if_dense(ids, block_size, num_experts, **options):
 class Aligner:
     """A backend whose alignment is this function."""
 
-    devices, promises, name = frozenset({"cpu"}), frozenset({"errors"}), "aligner"
+    devices, promises, name = frozenset({"cpu"}), frozenset({"errors", "ascending"}), "aligner"
 
-    def __init__(self, align):
+    def __init__(self, align, *promises):
         self.align = align
+        self.promises = frozenset(promises) or self.promises
 
     def prepare(self, problem, layer):
         raise NotImplementedError("only the alignment is asked about")
@@ -177,6 +178,26 @@ def test_a_broken_aligner_is_noticed(name):
     verdicts = (run(case, Aligner(align), CPU, "alignment") for case in results)
     noticed = next((v for v in verdicts if not v.green), None)
     assert noticed is not None and noticed.status == "failed", noticed
+
+
+@pytest.mark.parametrize("name", ["not_in_order", "tail_unwritten", "plain"])
+def test_order_and_what_is_beyond_are_asked_of_those_that_promise_them(name):
+    aligner = Aligner(FAULTS.get(name, plain), "errors")
+    verdicts = [run(case, aligner, CPU, "alignment") for case in CASES[::4] if case.scenario != "align.refuses"]
+    assert [f"{v.case}: {v.status} {v.reason}" for v in verdicts if v.status != "passed"] == []
+
+
+def test_without_the_promise_a_pair_in_another_expert_s_block_is_still_noticed():
+    def swapped(ids, block_size, num_experts, **options):
+        places, experts, used = plain(ids, block_size, num_experts, **options)
+        if int(used) > block_size:
+            places[[0, block_size]] = places[[block_size, 0]]
+        return places, experts, used
+
+    verdicts = [
+        run(case, Aligner(swapped, "errors"), CPU, "alignment") for case in CASES if case.scenario == "align.b1"
+    ]
+    assert any(v.status == "failed" for v in verdicts)
 
 
 def test_a_right_aligner_is_not_accused():

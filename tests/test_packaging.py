@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {"harness", "reference", "kernels", "cases"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 #: A distribution is mostly imported by its own name.
-IMPORTED_AS = {"pytest": {"pytest", "_pytest"}, "ml-dtypes": {"ml_dtypes"}}
+IMPORTED_AS = {
+    "pytest": {"pytest", "_pytest"}, "ml-dtypes": {"ml_dtypes"},
+    "intel-extension-for-pytorch": {"intel_extension_for_pytorch"},
+}  # fmt: skip
 BY_PYTEST = {"tomli", "tomllib"}  # Python 3.11 has the latter; for 3.10, pytest brings the former
 
 

@@ -283,7 +283,7 @@ def not_run(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def reasons(rows: list[Row]) -> list[dict[str, Any]]:
-    """What is red, mistrusted or known by its reason, whatever numbers are in it; red first, the most frequent first."""
+    """What is red, mistrusted or known by its reason, whatever numbers are in it; red first, then the most frequent."""
     found: dict[tuple[bool, str, str], list[int]] = defaultdict(list)
     for n, (_, _, record) in enumerate(rows):
         status = record["status"]

@@ -61,7 +61,7 @@ class TritonMoE:
     name = "triton"
     devices = {"cpu", "cuda", "xpu"}
     interpreted = True
-    promises = frozenset({"errors", "no_extra_tensor", "best_first", "small_sigmoids", "no_wait", "graph"})
+    promises = frozenset({"errors", "no_extra_tensor", "best_first", "small_sigmoids", "ascending", "no_wait", "graph"})
     batch_invariant = "configured"  # default tiles follow the batch, and with them the order of summation
     path = "auto"
     max_chunk_tokens: int | None = None
