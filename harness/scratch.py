@@ -153,6 +153,7 @@ def _refused(s: Session, given: Inputs, scratch: Any, words: tuple[str, ...], wh
 @scenario("scratch.refuses")
 def refuses(s: Session) -> None:
     """Wrong dtype, top_k, hidden size, too many tokens, non-contiguous buffers: refused, nothing written."""
+    require_promise(s, "errors")
     given, call, scratch = _start(s)
     problem = s.case.problem
     ids, x = given.topk_ids, given.hidden_states
@@ -176,6 +177,7 @@ def refuses(s: Session) -> None:
 @scenario("scratch.device")
 def device(s: Session) -> None:
     """Tensors on another device than the scratch are refused; "cuda" and "cuda:0" are the same device."""
+    require_promise(s, "errors")
     given, call, scratch = _start(s)
     elsewhere = "meta" if s.device.torch.type == "cpu" else "cpu"
     away = replace(given, hidden_states=given.hidden_states.to(elsewhere), topk_ids=given.topk_ids.to(elsewhere))

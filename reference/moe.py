@@ -147,12 +147,15 @@ def forward(
     token, slot = torch.nonzero(local >= 0, as_tuple=True)
     expert, weight = local[token, slot], weights[token, slot]
 
-    x, row = hidden_states, token
+    x, row, on_product = hidden_states, token, False
     if experts.router_weight_on_input:
         if topk_ids.shape[1] != 1:
             raise ValueError(f"router_weight_on_input: top_k={topk_ids.shape[1]}; only top_k=1 has a meaning")
-        x = rounding.weighted_input(x * weights[:, :1])
+        on_product = plan.weighted_input == "product"
+        x = x if on_product else rounding.weighted_input(x * weights[:, :1])
         weight = torch.ones_like(weight)
+        if experts.shared and on_product:
+            raise ValueError("weighted_input='product' has no meaning with shared experts, whose input is not weighted")
         if experts.shared:  # Llama-4: the shared expert's input is not weighted
             x = torch.cat([x, hidden_states])
             row = torch.where(slot >= topk_ids.shape[1], token + len(hidden_states), token)
@@ -163,6 +166,9 @@ def forward(
         # The input's codes are repeatable, but for ties (expected.py): they are rounded in both modes.
         x = round_to(x_ratio, "e4m3") * x_scale
     x = rounding.operand(x)
+    if on_product:
+        x = x * weights[:, :1]
+        x_scale = None if x_scale is None else x_scale * weights[:, :1]
 
     def linear1(e: int, rows: Tensor) -> Tensor:
         h = rows @ rounding.weights(experts.w13[e]).T

@@ -20,7 +20,7 @@ _VALID: dict[str, tuple[Any, ...]] = {
     "weight": ("before_store", "after_store", "rounded"),
     "router_weight": ("fp32", "io"),
     "combine": ("fp32", "io"),
-    "weighted_input": ("accumulator", "io"),
+    "weighted_input": ("accumulator", "io", "product"),
     "quantizes_activations": (True, False),
     "tf32": (False, True, "truncated"),
     "weights": ("exact", "io"),
@@ -53,7 +53,8 @@ class RoundingPlan:
     )
     router_weight: str = "fp32"  #: dtype the router weight is cast to first
     combine: str = "fp32"  #: dtype of the running sum over top_k
-    weighted_input: str = "accumulator"  #: router weight on input: in GEMM 1's accumulator, or x*w rounded to io
+    #: router weight on input: exact before x is quantized or cut, x*w rounded to io, or on GEMM 1's product of plain x
+    weighted_input: str = "accumulator"
     quantizes_activations: bool = True  #: W8A8; False is W8A16, whatever the problem's activation scheme says
     tf32: bool | str = False  #: float32 operands are rounded to tf32 before each product, or cut to it ("truncated")
     weights: str = "exact"  #: fp8 weights times their scales: exact, as in an accumulator, or stored in io

@@ -191,9 +191,12 @@ class FusedExpertsCpu(_VllmCpu):
         return _declared("CPUExpertsFp8", problem)
 
     def plans(self, problem: Any) -> list[dict]:
-        """One plan: sums of slots are in float32, what is stored before them is in io."""
+        """Sums of slots are in float32, what is stored before them is in io."""
         plan = {"act": "io", "slot": "io", "quantizes_activations": False}
-        return [plan if problem.quant is None else {**plan, "gate_up": "io", "weight": "rounded", "weights": "io"}]
+        if problem.quant is None:
+            return [plan]
+        plan |= {"gate_up": "io", "weight": "rounded"}
+        return [{**plan, "weights": "io"}, plan]  # by its path, fp8 times scale is stored in bf16 before the product
 
     def prepare(self, problem: Any, layer: Any) -> Callable[..., Tensor]:
         """call(hidden_states [T, K] bf16, topk_weights [T, k], topk_ids [T, k], out=None) -> [T, K] bf16."""

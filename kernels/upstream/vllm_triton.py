@@ -3,8 +3,7 @@
     vllm-triton            the functional fused_experts
     vllm-triton-modular    TritonExperts behind vLLM's modular kernel, which quantizes and weights the input first
 
-Both need vLLM's compiled operators (activation, quantization, alignment, sum), so a GPU. On the CPU vLLM takes Triton
-for absent and puts a placeholder in its place: its kernels cannot be interpreted there.
+Both need vLLM's compiled operators (activation, quantization, alignment, sum), so a GPU: vllm_interpreted.py does not.
 
 Layout "nk" as it comes. The functional way reads the layer at each call. The modular kernel is made in prepare(), and
 again when a bias, a scale or the configuration is another, as vLLM does when weights are loaded again.
@@ -17,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -34,11 +34,12 @@ SCHEMES = {
     ("tensor", "tensor_static"), ("tensor", "tensor"), ("tensor", "token"), ("channel", "token"), ("block", "group"),
 }  # fmt: skip
 BLOCK = 128
+MOST_EXPERTS = 991  #: rounded up to whole warps they must be fewer than 1024
 
 
 class _VllmTriton:
     devices = {"cuda", "xpu"}
-    batch_invariant = False  # tiles are chosen by the number of tokens
+    batch_invariant: bool | str = False  # tiles are chosen by the number of tokens
 
     def available(self) -> str | None:
         """None, or why it cannot be used here. Imports nothing."""
@@ -58,6 +59,8 @@ class _VllmTriton:
             and (problem.hidden_size | problem.intermediate_size) % BLOCK
         ):
             return "shape: vLLM's quantizers refuse hidden and intermediate sizes that are no multiples of 128"
+        if problem.num_experts > MOST_EXPERTS:
+            return f"shape: moe_align_block_size raises beyond {MOST_EXPERTS} experts"
         if problem.routing == "beyond":
             return vllm_python.BEYOND
         return None
@@ -68,7 +71,8 @@ class _VllmTriton:
         chain = problem.activation in ("silu", "gelu", "gelu_tanh")
         plan = {
             "gate_up": "io", "act": "io", "slot": "io", "act_chain": chain, "weight": "before_store",
-            "router_weight": "fp32", "tf32": "truncated" if problem.dtype == "fp32" else False,
+            "router_weight": "fp32", "weighted_input": "product",
+            "tf32": "truncated" if problem.dtype == "fp32" else False,
         }  # fmt: skip
         return [plan, {**plan, "act_chain": False}]
 
@@ -102,6 +106,7 @@ def align(
 
 class VllmTriton(_VllmTriton):
     name = "vllm-triton"
+    batch_invariant = "configured"
     route = staticmethod(route)
     align = staticmethod(align)
 
@@ -116,11 +121,21 @@ class VllmTriton(_VllmTriton):
             return f"quant: {quant}; of fp8, fused_experts multiplies e4m3 by e4m3 with scales of its own kind"
         return None
 
-    def prepare(self, problem: Any, layer: Any) -> Callable[..., Tensor]:
+    def configurations(self, problem: Any) -> dict[str, dict]:
+        """vLLM's tiles for 1 to 2048 tokens where no file has tuned ones, and some whose row tiles share columns."""
+        dtype = "fp8_w8a8" if problem.quant else None
+        blocks = [BLOCK, BLOCK] if problem.quant and problem.quant.weight == "block" else None
+        about = problem.num_experts, problem.intermediate_size, problem.hidden_size, problem.top_k, dtype, blocks
+        chosen = [self._fused_moe().get_default_config(2**n, *about) for n in range(12)]
+        chosen += [{**config, "GROUP_SIZE_M": 3} for config in (chosen[0], chosen[-1])]
+        return {" ".join(map(str, config.values())): {"config": config} for config in chosen}
+
+    def prepare(self, problem: Any, layer: Any, config: dict[str, int] | None = None) -> Callable[..., Tensor]:
         """call(hidden_states [T, K] io, topk_weights [T, k] float32, topk_ids [T, k], out=None) -> [T, K] io."""
-        vllm = vllm_python.import_vllm()
         # Beneath torch.ops.vllm.fused_experts, which does nothing else but hide from a dispatch mode what is allocated.
-        fused_experts_impl = vllm_python.import_module(f"{MOE}.fused_moe").fused_experts_impl
+        fused_experts_impl = self._fused_moe().fused_experts_impl
+        vllm, tiles = vllm_python.import_vllm(), config
+        override_config = vllm_python.import_module(MOE).override_config
         known = inspect.signature(fused_experts_impl).parameters
 
         def call(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None) -> Tensor:
@@ -132,16 +147,20 @@ class VllmTriton(_VllmTriton):
                 per_out_ch_quant=bool(quant and quant.weight == "channel"),
                 block_shape=[BLOCK, BLOCK] if quant and quant.weight == "block" else None,
             )  # fmt: skip
-            result = fused_experts_impl(
-                hidden_states, layer.w13, layer.w2, topk_weights, topk_ids,
-                activation=vllm_python.activation(problem).value, global_num_experts=problem.num_experts,
-                apply_router_weight_on_input=problem.router_weight_on_input, expert_map=layer.expert_map,
-                per_channel_quant=config.per_act_token_quant,
-                **{name: getattr(config, name) for name in known if hasattr(config, name)},
-            )  # fmt: skip
+            with override_config(tiles) if tiles else nullcontext():
+                result = fused_experts_impl(
+                    hidden_states, layer.w13, layer.w2, topk_weights, topk_ids,
+                    activation=vllm_python.activation(problem).value, global_num_experts=problem.num_experts,
+                    apply_router_weight_on_input=problem.router_weight_on_input, expert_map=layer.expert_map,
+                    per_channel_quant=config.per_act_token_quant,
+                    **{name: getattr(config, name) for name in known if hasattr(config, name)},
+                )  # fmt: skip
             return result if out is None else out.copy_(result)
 
         return call
+
+    def _fused_moe(self) -> Any:
+        return vllm_python.import_module(f"{MOE}.fused_moe")
 
 
 class VllmTritonModular(_VllmTriton):

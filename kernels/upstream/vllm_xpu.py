@@ -80,7 +80,7 @@ def rounding(problem: Any) -> dict[str, Any]:
     return {
         "gate_up": "io", "act_chain": problem.activation not in ("swigluoai", "relu2"), "act": "io", "slot": "io",
         "weight": "after_store", "router_weight": "fp32", "combine": "fp32", "quantizes_activations": False,
-        "weights": "io",
+        "weights": "io" if problem.quant and problem.quant.weight == "block" else "exact",
     }  # fmt: skip
 
 
