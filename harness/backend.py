@@ -68,10 +68,13 @@ BUILTIN = (
     "kernels.upstream.vllm_xpu_experts:VllmXpuExperts",
     "kernels.upstream.vllm_triton:VllmTriton",
     "kernels.upstream.vllm_triton:VllmTritonModular",
+    "kernels.upstream.vllm_interpreted:VllmTritonInterpreted",
     "kernels.upstream.vllm_permute:VllmPermute",
     "kernels.upstream.triton_kernels:TritonKernels",
     "kernels.upstream.triton_kernels:TritonKernelsSorted",
     "kernels.upstream.triton_kernels:TritonKernelsInvariant",
+    "kernels.upstream.sglang_triton:SglangTriton",
+    "kernels.upstream.sglang_xpu:SglangXpu",
 )
 ENTRY_POINTS = "moe_harness.backends"
 

@@ -44,7 +44,7 @@ def imported(room):
                 yield node.module.partition(".")[0]
 
 
-@pytest.mark.parametrize("room, extras", [("harness", ()), ("reference", ()), ("cases", ()), ("kernels", ("test",))])
+@pytest.mark.parametrize("room, extras", [("harness", ()), ("reference", ()), ("cases", ()), ("kernels", ("test", "ipex"))])
 def test_what_is_imported_is_declared(room, extras):
     declared = {name for r in requirements(*extras) for name in IMPORTED_AS.get(r, {r})}
     assert set(imported(room)) - set(sys.stdlib_module_names) - ROOMS - declared - BY_PYTEST == set()
