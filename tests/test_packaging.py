@@ -44,7 +44,10 @@ def imported(room):
                 yield node.module.partition(".")[0]
 
 
-@pytest.mark.parametrize("room, extras", [("harness", ()), ("reference", ()), ("cases", ()), ("kernels", ("test", "ipex"))])
+EXTRAS = {"harness": (), "reference": (), "cases": (), "kernels": ("test", "ipex")}
+
+
+@pytest.mark.parametrize("room, extras", EXTRAS.items())
 def test_what_is_imported_is_declared(room, extras):
     declared = {name for r in requirements(*extras) for name in IMPORTED_AS.get(r, {r})}
     assert set(imported(room)) - set(sys.stdlib_module_names) - ROOMS - declared - BY_PYTEST == set()
