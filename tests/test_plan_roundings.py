@@ -1,4 +1,4 @@
-"""Roundings that only kernels of others make (reference/plan.py): what each means, and that only the right plan fits."""
+"""Roundings that only kernels of others make (reference/plan.py): what each means, and that only the right one fits."""
 
 import pytest
 import torch
