@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.backend import takes_out
+from harness.device import DeviceLost
 from harness.fence import poison_
 from harness.scenario import Unsupported, batch, scenario, start
 from harness.trace import raw
@@ -124,7 +125,11 @@ def _transposed(t: Tensor) -> Tensor:
 def _right_or_refused(s: Session, call: Callable[..., Any], given: Inputs, what: str) -> None:
     try:
         s.check(call, given, what)
+    except DeviceLost:  # a RuntimeError too, but nobody's refusal
+        raise
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:  # torch's own checks raise the last two
         named = any(word in str(error) for word in ("stride", "contiguous"))
+        if not named and isinstance(error, RuntimeError | AssertionError):
+            raise  # a crash, whatever the strides
         s.require(named, f"{what}: neither computed nor refused by its strides: {error}")
         raise Unsupported(f"scenario: {s.backend.name} refuses {what}: {str(error).splitlines()[0]}") from error

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness.check import run
-from harness.device import Device
+from harness.device import Device, DeviceLost
 from harness.problem import Case
 from tests.emulated import Emulated
 
@@ -52,6 +52,38 @@ class Faulty(Emulated):
             flat(out).copy_(result)
             return out
         return result if out is None else out.copy_(result)
+
+
+class Raises(Emulated):
+    """A correct backend that raises this where the router's weights have strides."""
+
+    def __init__(self, error):
+        super().__init__("raises")
+        self.error = error
+
+    def run(self, layer, x, weights, ids, out=None):
+        if not weights.is_contiguous():
+            raise self.error
+        return super().run(layer, x, weights, ids, out)
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (RuntimeError("topk_weights must be contiguous"), "unsupported"),
+        (AssertionError("stride of the last dimension must be 1"), "unsupported"),
+        (RuntimeError("out of range"), "crashed"),
+        (AssertionError(), "crashed"),
+        (ValueError("no"), "failed"),
+    ],
+)
+def test_what_a_compiled_operator_raises_is_a_refusal_if_it_names_strides_and_a_crash_if_not(error, status):
+    assert verdict(Raises(error), "strided_routing").status == status
+
+
+def test_a_lost_device_is_nobody_s_refusal():
+    with pytest.raises(DeviceLost):
+        verdict(Raises(DeviceLost("a contiguous copy never came back")), "strided_routing")
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
