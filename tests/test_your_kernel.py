@@ -16,16 +16,24 @@ PYTHON = [text for language, text in BLOCKS if language == "python"]
 COMMANDS = [line.partition("#")[0].strip() for language, text in BLOCKS if not language for line in text.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
+@pytest.fixture
+def home(tmp_path):
     """A kernel author's directory, with the files of the page."""
-    directory = tmp_path_factory.mktemp("author")
     for block in PYTHON:
         if named := re.match(r"# (my_package/\w+\.py)\n", block):
-            path = directory / named[1]
+            path = tmp_path / named[1]
             path.parent.mkdir(exist_ok=True)
             path.write_text(block)
-    return directory
+    return tmp_path
+
+
+@pytest.fixture
+def declaring(home):
+    """The same, its backend with the page's method that says what it does not do."""
+    (method,) = [block for block in PYTHON if block.lstrip().startswith("def supports")]
+    path = home / "my_package" / "moe.py"
+    path.write_text(path.read_text() + "\n" + method)
+    return home
 
 
 def run(home, words):
@@ -48,17 +56,19 @@ def test_the_first_verdict_is_passed(home):
     assert ran.returncode == 0 and "\npassed" in ran.stdout, ran.stdout + ran.stderr
 
 
-def test_what_it_does_not_do_is_red_until_it_says_so(home):
-    case = "python3 -m harness run t16-h256-i128-e8-k2-bf16-bias-random --backend my_package.moe:MyMoE"
-    ran = run(home, [sys.executable, *shlex.split(case)[1:]])
+BIAS = "python3 -m harness run t16-h256-i128-e8-k2-bf16-bias-random --backend my_package.moe:MyMoE"
+
+
+def test_what_it_does_not_do_is_red(home):
+    ran = run(home, [sys.executable, *shlex.split(BIAS)[1:]])
     assert ran.returncode == 1 and "both biases missing" in ran.stdout, ran.stdout + ran.stderr
-    (method,) = [block for block in PYTHON if block.lstrip().startswith("def supports")]
-    path = home / "my_package" / "moe.py"
-    path.write_text(path.read_text() + "\n" + method)
-    ran = run(home, [sys.executable, *shlex.split(case)[1:]])
+
+
+def test_until_it_says_so(declaring):
+    ran = run(declaring, [sys.executable, *shlex.split(BIAS)[1:]])
     assert ran.returncode == 0 and "unsupported, so it was not run: quant: plain layers only" in ran.stdout
 
 
-def test_with_that_all_that_it_declares_is_right(home):
-    ran = run(home, command("python3 -m harness capabilities"))
+def test_with_that_all_that_it_declares_is_right(declaring):
+    ran = run(declaring, command("python3 -m harness capabilities"))
     assert ran.returncode == 0 and re.search(r"\d+ right, \d+ refused", ran.stdout), ran.stdout + ran.stderr
