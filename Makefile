@@ -20,6 +20,15 @@ UPSTREAM := transformers vllm-cpu vllm-xpu-emulated
 UPSTREAM_VENV ?= .venv-upstream
 UPSTREAM_STAMP := $(UPSTREAM_VENV)/moe-harness-installed
 
+# The first line of a recipe that installs.
+define PYTHON_IS_GOOD
+@command -v "$(PYTHON)" >/dev/null || { echo "make: no $(PYTHON) here; name one with PYTHON=..." >&2; exit 1; }
+@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make: $$("$(PYTHON)" --version 2>&1) is too old, 3.10 is needed; name another with PYTHON=..." >&2; exit 1; }
+@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "make: $(PYTHON) cannot make virtual environments; install its venv package (python3-venv)" >&2; exit 1; }
+endef
+
 .PHONY: verify test lint structure mutants upstream clean
 
 verify: $(STAMP)
@@ -46,17 +55,14 @@ upstream: $(UPSTREAM_STAMP)
 	done; $(UPSTREAM_VENV)/bin/python -m harness summary results/upstream-*.jsonl || code=1; exit $$code
 
 $(UPSTREAM_STAMP): matrix.toml pyproject.toml setup.py constraints.txt
+	$(PYTHON_IS_GOOD)
 	@echo "Installing into $(UPSTREAM_VENV) with $$("$(PYTHON)" --version) (minutes, once)"
 	@"$(PYTHON)" -m harness.matrix $(lastword $(UPSTREAM)) --install --venv "$(UPSTREAM_VENV)" >/dev/null
 	@touch $@
 
 # The stamp is written last: an installation that was interrupted is taken up again.
 $(STAMP): pyproject.toml setup.py constraints.txt
-	@command -v "$(PYTHON)" >/dev/null || { echo "make: no $(PYTHON) here; name one with PYTHON=..." >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "make: $$("$(PYTHON)" --version 2>&1) is too old, 3.10 is needed; name another with PYTHON=..." >&2; exit 1; }
-	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
-		{ echo "make: $(PYTHON) cannot make virtual environments; install its venv package (python3-venv)" >&2; exit 1; }
+	$(PYTHON_IS_GOOD)
 	@echo "Installing into $(VENV) with $$("$(PYTHON)" --version) (minutes, once)"
 	@"$(PYTHON)" -m venv $(if $(SYSTEM),--system-site-packages) "$(VENV)"
 	@$(PIP) -e '.[test,dev]' $(if $(SYSTEM),,-c constraints.txt)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import backend as backends
-from harness import battery, results, summary
+from harness import battery, ledger, results, summary
 from harness import device as devices
 from harness.backend import BackendError
 from harness.commands import bisect, capabilities, compare, fuzz, gather, matrix, mutate, report, structure
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
-    except (Wrong, BackendError, DescriptorError, results.ResultsError) as error:
+    except (Wrong, BackendError, DescriptorError, results.ResultsError, ledger.LedgerError) as error:
         print(f"moe-harness: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `moe-harness list | head`
@@ -177,6 +177,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             verdict = check.run(case.change(seed=seed), backend, device)
             verdict.spec = args.backend
+            known = ledger.covering(ledger.read(), case, backend.name, str(device))
+            verdict.known = ledger.explanation(verdict, known)
         except DeviceLost as error:
             print(f"moe-harness: the device is lost: {error}", file=sys.stderr)
             return 1
@@ -219,6 +221,7 @@ def _told(case: Case, verdict: Verdict) -> list[str]:
     lines = [f"{case} on {verdict.backend}, {verdict.device}", *in_words(case)]
     not_run = ", so it was not run" if verdict.status == "unsupported" else ""
     lines.append(f"{verdict.status}{not_run}{': ' + verdict.reason if verdict.reason else ''}")
+    lines += [f"  known        {verdict.known}"] if verdict.known else []
     report = verdict.report.rstrip()
     if verdict.calls:
         lines.append(

@@ -20,7 +20,6 @@ and is red if it passes, so that the entry goes. One that crashes or hangs is ru
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from datetime import date
@@ -28,17 +27,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from harness import toml
 from harness.problem import Case, DescriptorError
 from harness.processes import ROOT
+from harness.summary import FAILED
 from harness.verdict import Verdict
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pytest brings it for Python 3.10
-    import tomli as tomllib
-
 LEDGER = ROOT / "cases" / "ledger.toml"
-STATUSES = ("failed", "crashed", "hung")
 ENDS = ("crashed", "hung")  #: what may take the process with it
 
 
@@ -81,14 +76,10 @@ class Known:
         return verdict.status == self.status and re.search(self.says, verdict.reason) is not None
 
 
-def read(path: Path = LEDGER) -> list[Known]:
-    """The entries of a ledger."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LedgerError(f"--ledger {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise LedgerError(f"--ledger {path}: {error}") from error
+def read(path: Path | None = None) -> list[Known]:
+    """The entries of a ledger (cases/ledger.toml). LedgerError says what is wrong with it."""
+    path = path or LEDGER
+    table = toml.read(path, LedgerError, f"--ledger {path}")
     if strange := set(table) - {"known"}:
         raise LedgerError(f"--ledger {path}: {', '.join(sorted(strange))}: every entry is a table [[known]]")
     return [_entry(f"--ledger {path}: entry {n}", given) for n, given in enumerate(table.get("known", []), 1)]
@@ -108,8 +99,8 @@ def _entry(where: str, given: dict[str, Any]) -> Known:
         if not isinstance(value, str):
             raise LedgerError(f"{where}: {name}={value!r}: must be text")
     entry = Known(**lists, **texts)  # type: ignore[arg-type]
-    if entry.status not in STATUSES:
-        raise LedgerError(f"{where}: status={entry.status!r}; valid: {', '.join(STATUSES)}")
+    if entry.status not in FAILED:
+        raise LedgerError(f"{where}: status={entry.status!r}; valid: {', '.join(FAILED)}")
     if bool(entry.issue) == bool(entry.found):
         raise LedgerError(f"{where}: needs either issue, the address of a public issue, or found, a date")
     if entry.issue and not entry.issue.startswith("https://"):
@@ -135,15 +126,20 @@ def covering(entries: Iterable[Known], case: Case, backend: str, device: str) ->
     return [entry for entry in entries if entry.covers(str(case), backend, device)]
 
 
+def explanation(verdict: Verdict, about: list[Known]) -> str:
+    """What is known of a red verdict; "" if no entry is about a failure like it."""
+    return next((f"{entry.why} ({entry.told})" for entry in about if entry.explains(verdict)), "")
+
+
 def judged(verdict: Verdict, about: list[Known]) -> Verdict:
     """The verdict in the light of the entries about its case; changed in place."""
     if not about or verdict.status == "unsupported":
         return verdict
-    if verdict.status in STATUSES:
-        for entry in about:
-            if entry.explains(verdict):
-                verdict.status, verdict.known = "known", f"{entry.why} ({entry.told})"
-                return verdict
+    if verdict.status in FAILED:
+        verdict.known = explanation(verdict, about)
+        if verdict.known:
+            verdict.status = "known"
+            return verdict
         told = "; ".join(f"{entry.status}, {entry.says!r}" for entry in about)
         verdict.report += f"\nThe ledger knows this case to fail, but otherwise: {told}\n"
         return verdict

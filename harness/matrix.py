@@ -21,14 +21,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from harness import results
+from harness import results, toml
 from harness.processes import ROOT, pytest_words, workers
 from harness.results import ResultsError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pytest brings it for Python 3.10
-    import tomli as tomllib
 
 PATH = ROOT / "matrix.toml"
 DURATIONS = ROOT / "cases" / "durations.toml"
@@ -74,12 +69,7 @@ class Row:
 def read(path: Path | None = None) -> dict[str, Row]:
     """The rows by name, in the order of the file (matrix.toml). MatrixError says what is wrong with it."""
     path = path or PATH
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MatrixError(f"{path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:  # a name that is there twice, among others
-        raise MatrixError(f"{path}: {error}") from error
+    tables = toml.read(path, MatrixError)
     if not tables:
         raise MatrixError(f"{path}: holds no rows; a row is a table, [name]")
     return {name: _row(name, table, path) for name, table in tables.items()}

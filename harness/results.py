@@ -9,17 +9,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pytest brings it for Python 3.10
-    import tomli as tomllib
+from harness import toml
 
 SCHEMA = 2  #: of a record, as it is written now
 READABLE = (1, 2)  #: 1: without "perf"; the first of 2 without "cause" and "stage"
@@ -117,12 +113,7 @@ def executed(records: Iterable[dict[str, Any]]) -> Counter[tuple[str, str]]:
 
 def read_floor(path: Path) -> dict[str, dict[str, int]]:
     """{section: {backend: least number}} of a floor file."""
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultsError(f"--floor {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ResultsError(f"--floor {path}: {error}") from error
+    found = toml.read(path, ResultsError, f"--floor {path}")
     for device, numbers in found.items():
         if not isinstance(numbers, dict):
             raise ResultsError(f"--floor {path}: {device}={numbers!r}: must be a table, [{device}]")

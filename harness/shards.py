@@ -8,7 +8,6 @@ each to the shard that is lightest so far (longest processing time first: at mos
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,14 +17,9 @@ from typing import Any
 
 import pytest
 
-from harness import matrix, results
+from harness import matrix, results, toml
 from harness.report.merge import merge
 from harness.results import section
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pytest brings it for Python 3.10
-    import tomli as tomllib
 
 SLOW = 1.0  #: seconds above the mean of its family and backend from which a case is recorded by itself
 UNKNOWN = 1.0  #: seconds of an item of which nothing is known
@@ -97,10 +91,7 @@ def read(path: Path) -> Durations:
     """A durations file, or a results file (JSON Lines). MatrixError, ResultsError: it cannot be used."""
     if path.suffix != ".toml":
         return recorded(merge([path])[0])
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise matrix.MatrixError(f"--durations-from {path}: {getattr(error, 'strerror', None) or error}") from error
+    found = toml.read(path, matrix.MatrixError, f"--durations-from {path}")
     if set(found) - {"mean", "slow"}:
         raise matrix.MatrixError(f"--durations-from {path}: [{min(found)}]: the tables are [mean...] and [slow...]")
     return Durations(found.get("slow", {}), found.get("mean", {}))

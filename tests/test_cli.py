@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import battery, cli, device, results
+from harness import battery, cli, device, ledger, results
 from harness.verdict import Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +82,28 @@ def test_run_says_that_an_unsupported_case_was_not_run_and_counts_seeds(made_up,
     code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm", "--seeds", "2")
     assert code == 0 and out.count("\nunsupported, so it was not run: quant: bf16 only\n\n") == 2
     assert out.endswith("\n\n2 seeds: 2 unsupported\n")
+
+
+def test_run_says_that_a_failure_is_known_and_is_red_still(made_up, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "ledger.toml"
+    path.write_text(f"""[[known]]
+backend = "torch-grouped-mm"
+cases = "{CASE}"
+says = "off by"
+found = "2026-11-23"
+shows = "{CASE}"
+why = "one is added"
+""")
+    monkeypatch.setattr(ledger, "LEDGER", path)
+    made_up("failed", reason="off by one")
+    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    assert code == 1 and "\nfailed: off by one\n  known        one is added (found here 2026-11-23)\n" in out
+    made_up("failed", reason="NaN")
+    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    assert code == 1 and "known" not in out
+    path.write_text("[[unknown]]")
+    code, _, err = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    assert code == 2 and "every entry is a table [[known]]" in err
 
 
 def test_run_says_when_the_device_is_lost(monkeypatch, capsys):

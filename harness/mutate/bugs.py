@@ -22,17 +22,12 @@ from __future__ import annotations
 
 import ast
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness import toml
 from harness.processes import ROOT
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pytest brings it for Python 3.10
-    import tomli as tomllib
 
 BUGS, KERNELS = ROOT / "cases" / "bugs", ROOT / "kernels"
 CONTROLS, WAITING = "controls", "waiting"
@@ -127,11 +122,7 @@ def read(directory: Path | None = None) -> dict[str, Bug]:
     for path in sorted((directory or BUGS).glob("*.toml")):
         if path.stem == WAITING:
             continue
-        try:
-            table = tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise BugError(f"{path.name}: {error}") from error
-        for name, entry in table.items():
+        for name, entry in toml.read(path, BugError, path.name).items():
             if name in found:
                 raise BugError(f"{path.name}: {name}: {found[name].kind}.toml has an entry of that name")
             found[name] = _bug(path.stem, name, entry)

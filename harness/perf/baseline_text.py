@@ -6,20 +6,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness import toml
 from harness.perf.compiled import Compiled
 from harness.perf.metrics import STRUCTURE
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pytest brings it for Python 3.10
-    import tomli as tomllib
 
 HEADER = """\
 # What one call of each case does, counted, and what its kernels become when they are compiled.
@@ -66,18 +61,15 @@ class Baseline:
 
 def read(path: Path) -> Baseline:
     """The baseline in a file; BaselineError if there is none, or it is not one."""
-    try:
-        return parse(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise BaselineError(f"{path}: {error.strerror}") from error
+    return _baseline(toml.read(path, BaselineError), str(path))
 
 
 def parse(text: str, name: str = "baseline") -> Baseline:
     """The baseline that a text holds; `name` is for the error's message."""
-    try:
-        found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise BaselineError(f"{name}: {error}") from error
+    return _baseline(toml.parse(text, BaselineError, name), name)
+
+
+def _baseline(found: dict[str, Any], name: str) -> Baseline:
     versions, compiled = found.pop("versions", {}), found.pop("compiled", {})
     blocks = []
     for key, table in found.items():

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kernels.layer import ALPHA, DTYPES, effective_limit
+from kernels.upstream.expert_ids import BEYOND, local_ids
 from kernels.upstream.package import missing
 
 OLDEST = (0, 5, 23)
@@ -107,7 +108,7 @@ class SglangTriton:
         if problem.shared_experts:
             return "shared_experts: SGLang gives them ids of their own when it routes"
         if problem.routing == "beyond":
-            return "invalid_ids: documented for ids from -1 to the last expert"
+            return BEYOND
         if problem.limit is not None and problem.activation != "swigluoai":
             return "activation: silu's swiglu_limit is asserted to be 10, gemm1_clamp_limit clamps silu(gate), not gate"
         if device == "xpu" and problem.activation != "silu":
@@ -150,8 +151,7 @@ class SglangTriton:
 
         def call(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None) -> Tensor:
             problem, quant = layer.problem, layer.problem.quant
-            if layer.expert_map is not None:
-                topk_ids = torch.where(topk_ids < 0, -1, layer.expert_map[topk_ids.clamp(min=0).long()])
+            topk_ids = local_ids(topk_ids, layer.expert_map)
             oai = problem.activation == "swigluoai"
             block = [BLOCK, BLOCK] if quant and quant.weight == "block" else None
             interpreted = hidden_states.device.type == "cpu"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.layer import ALPHA, effective_limit
+from kernels.upstream.expert_ids import BEYOND, local_ids
 
 #: The harness's names -> sgl-kernel-xpu's, whose gelu is the approximation by tanh.
 ACTIVATIONS = {"silu": "silu", "swigluoai": "silu", "gelu_tanh": "gelu", "relu2": "relu2"}
@@ -69,7 +70,7 @@ class SglangXpu:
         if problem.shared_experts:
             return "shared_experts: SGLang gives them ids of their own when it routes"
         if problem.routing == "beyond":
-            return "invalid_ids: -1 stands for no expert; an id beyond the experts has no meaning"
+            return BEYOND
         wanted = {"b1", "b2"} if problem.bias else set()
         wanted |= {"gemm1_alpha", "gemm1_limit"} if problem.activation == "swigluoai" else set()
         if lacking := wanted - _parameters():
@@ -92,8 +93,7 @@ class SglangXpu:
 
         def call(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None) -> Tensor:
             problem = layer.problem
-            if layer.expert_map is not None:
-                topk_ids = torch.where(topk_ids < 0, -1, layer.expert_map[topk_ids.clamp(min=0).long()])
+            topk_ids = local_ids(topk_ids, layer.expert_map)
             if problem.router_weight_on_input:
                 hidden_states = hidden_states * topk_weights.to(hidden_states.dtype)
                 topk_weights = torch.ones_like(topk_weights)

@@ -36,8 +36,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.grouped import activate, grouped_mm_refusal, local_experts, row_stride_refusal
 from kernels.layer import ALPHA, DTYPES, effective_limit
+from kernels.upstream.package import missing
 
-OLDEST = 5  # the first major version with stacked experts and interchangeable implementations
+OLDEST = (5,)  #: the first version with stacked experts and interchangeable implementations
 MOST_GATHERED = 8 * 2**30  #: bytes of weights that batched_mm may gather
 _import_lock = threading.Lock()
 
@@ -99,13 +100,7 @@ class _Transformers:
 
     def available(self) -> str | None:
         """None, or why it cannot be used here: transformers is missing, or older than 5. Imports nothing."""
-        try:
-            version = importlib.metadata.version("transformers")
-        except importlib.metadata.PackageNotFoundError:
-            return "the package transformers is not installed"
-        if int(version.split(".")[0]) < OLDEST:
-            return f"transformers {version}; experts with interchangeable implementations came with {OLDEST}.0"
-        return None
+        return missing("transformers", since=OLDEST)
 
     def supports(self, problem: Any, device: str | None = None) -> str | None:
         """None or "<keyword>: reason"."""
@@ -318,8 +313,8 @@ def _with_weights(empty: Any, family: _Family, layer: Any) -> Any:
             if bias is None:  # x + 0 is exact
                 bias = torch.zeros(tensors[name].shape[0], tensors[name].shape[2], dtype=dtype, device=layer.w13.device)
             tensors[f"{name}_bias"] = bias
-    missing = set(empty._parameters) ^ set(tensors)
-    if missing:
+    differing = set(empty._parameters) ^ set(tensors)
+    if differing:
         raise RuntimeError(
             f"{family.experts} has parameters {sorted(empty._parameters)}, this adapter {sorted(tensors)}"
         )

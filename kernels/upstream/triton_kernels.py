@@ -34,6 +34,7 @@ from torch import Tensor
 
 from kernels.grouped import activate
 from kernels.layer import ALPHA, DTYPES, effective_limit
+from kernels.upstream.expert_ids import BEYOND, local_ids
 from kernels.upstream.package import missing
 
 NAME = "triton_kernels"
@@ -102,7 +103,7 @@ class _TritonKernels:
         if problem.shared_experts:
             return "shared_experts: no concern of a product; experts without a router are another call"
         if problem.routing == "beyond":
-            return "invalid_ids: -1 stands for no expert; an id beyond the experts has no meaning"
+            return BEYOND
         if problem.router_weight_on_input and problem.bias:
             return "router_weight_on_input: gammas multiply what a product gives, its bias included"
         if (quant := problem.quant) is not None:
@@ -138,7 +139,7 @@ class _TritonKernels:
         package = import_package()
 
         def call(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None) -> Tensor:
-            ids = _local(topk_ids, layer.expert_map)
+            ids = local_ids(topk_ids, layer.expert_map).to(torch.int32).contiguous()
             with _constrained(package, constraints):
                 routed = self._route(package, ids, topk_weights.contiguous(), layer.w13.shape[0])
                 return _forward(package, layer, hidden_states, *routed, out, self.bitwise)
@@ -242,14 +243,6 @@ def _fused(problem: Any) -> bool:
 
 def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
-
-
-def _local(topk_ids: Tensor, expert_map: Tensor | None) -> Tensor:
-    """int32 [T, k], contiguous: local experts, -1 for none."""
-    ids = topk_ids.to(torch.int32)
-    if expert_map is not None:
-        ids = torch.where(ids < 0, -1, expert_map[ids.clamp(min=0).long()].to(torch.int32))
-    return ids.contiguous()
 
 
 @contextmanager

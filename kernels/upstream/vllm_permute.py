@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.grouped import activate
 from kernels.layer import DTYPES
 from kernels.upstream import vllm_python
+from kernels.upstream.expert_ids import BEYOND
 from kernels.upstream.package import missing
 from kernels.upstream.vllm_python import MOE
 
@@ -65,7 +66,7 @@ class VllmPermute:
         if problem.hidden_size * DTYPES[problem.dtype].itemsize % ALIGNMENT:
             return f"shape: moe_permute asserts rows of whole {ALIGNMENT} bytes"
         if problem.routing == "beyond":
-            return vllm_python.BEYOND
+            return BEYOND
         return None
 
     def plans(self, problem: Any) -> list[dict]:

@@ -21,7 +21,6 @@ _ACTIVATION_KEYS = {
     "tensor_static": "kFp8StaticTensorSym", "tensor": "kFp8DynamicTensorSym", "token": "kFp8DynamicTokenSym",
     "group": "kFp8Dynamic128Sym",
 }  # fmt: skip
-BEYOND = "invalid_ids: -1 stands for no expert in vLLM; an id beyond the experts indexes memory, unchecked"
 _lock = threading.RLock()
 
 

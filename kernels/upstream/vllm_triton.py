@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernels.layer import effective_limit
 from kernels.upstream import vllm_python
+from kernels.upstream.expert_ids import BEYOND
 from kernels.upstream.package import missing
 from kernels.upstream.vllm_python import MOE
 
@@ -62,7 +63,7 @@ class _VllmTriton:
         if problem.num_experts > MOST_EXPERTS:
             return f"shape: moe_align_block_size raises beyond {MOST_EXPERTS} experts"
         if problem.routing == "beyond":
-            return vllm_python.BEYOND
+            return BEYOND
         return None
 
     def plans(self, problem: Any) -> list[dict]:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels.layer import DTYPES
+from kernels.upstream.expert_ids import BEYOND
 from kernels.upstream.package import missing
 
 PACKAGE, DISTRIBUTION, OLDEST = "vllm_xpu_kernels", "vllm-xpu-kernels", (0, 1, 13)
@@ -108,7 +109,7 @@ class VllmXpu:
         if problem.shared_experts:
             return "shared_experts: XpuFusedMoe has routed experts only"
         if problem.routing == "beyond":
-            return "invalid_ids: -1 stands for no expert; an id beyond the experts indexes memory, unchecked"
+            return BEYOND
         return size_refusal(problem)
 
     def plans(self, problem: Any) -> list[dict]:

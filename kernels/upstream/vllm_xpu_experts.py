@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kernels.upstream import vllm_python
+from kernels.upstream.expert_ids import BEYOND
 from kernels.upstream.package import missing
 from kernels.upstream.vllm_python import MOE
 from kernels.upstream.vllm_xpu import VllmXpu, emulated, interface, rounding, size_refusal
@@ -117,7 +118,7 @@ class VllmXpuExperts:
         if problem.shared_experts:
             return "shared_experts: a module of their own in vLLM"
         if problem.routing == "beyond":
-            return vllm_python.BEYOND
+            return BEYOND
         return size_refusal(problem)
 
     def plans(self, problem: Any) -> list[dict]:
