@@ -212,6 +212,7 @@ def _mend_speed(interpreter) -> None:
         return numpy_types[scalar.name]
 
     interpreter._get_np_dtype = get_np_dtype
+    _keep_types()
     # Shipped: triton.language is patched anew, attribute by attribute, at every launch and for every call of one
     # @triton.jit function by another. A process with TRITON_INTERPRET=1 compiles nothing, so patching once will do.
     patch_language = interpreter._patch_lang
@@ -229,6 +230,39 @@ def _mend_speed(interpreter) -> None:
         return KeepPatched()
 
     interpreter._patch_lang = patch_once
+
+
+#: Types of blocks to keep: pointers have types of their own in every launch.
+_MOST_TYPES = 10_000
+
+
+def _keep_types() -> None:
+    """What a block's type is made of, and a tensor of that type, is worked out once a type, not at every operation."""
+    core = tl.core
+    build_type, build_tensor = core.block_type.__init__, core.tensor.__init__
+    made: dict[tuple, dict[str, Any]] = {}
+
+    def block_type(self, element_ty, shape):
+        # The element type lives as long as its entry: nothing else can come to have its id.
+        key = (id(element_ty), *[s.value if isinstance(s, core.constexpr) else s for s in shape])
+        if key not in made:
+            build_type(self, element_ty, shape)
+            if len(made) == _MOST_TYPES:
+                made.clear()
+            made[key] = self.__dict__ | {"of_tensors": {}}
+        self.__dict__.update(made[key])
+
+    def tensor(self, handle, type):
+        of_tensors = type.__dict__.setdefault("of_tensors", {})
+        if not of_tensors:
+            build_tensor(self, handle, type)
+            of_tensors.update(self.__dict__)
+            del of_tensors["handle"]
+        self.__dict__.update(of_tensors)
+        self.handle = handle
+
+    core.block_type.__init__ = block_type
+    core.tensor.__init__ = tensor
 
 
 def _one_launch_at_a_time(executor) -> None:

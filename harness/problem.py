@@ -161,7 +161,7 @@ class Case:
 
     def change(self, **changes: Any) -> Case:
         """A Case with other values, given by the names of the fields of Problem or Case."""
-        mine = {f.name for f in fields(Case)} & changes.keys()
+        mine = OF_CASES & changes.keys()
         problem = replace(self.problem, **{k: v for k, v in changes.items() if k not in mine})
         return replace(self, problem=problem, **{k: changes[k] for k in mine})
 
@@ -180,9 +180,14 @@ class Case:
         missing = [rule.example for rule in GRAMMAR if rule.required and rule.field not in found]
         if missing:
             raise DescriptorError(f"{text!r}: missing {', '.join(missing)}")
-        asked = {f.name for f in fields(cls)} & found.keys()
+        asked = OF_CASES & found.keys()
         problem = Problem(**{k: v for k, v in found.items() if k not in asked})
         return cls(problem, **{k: found[k] for k in asked})
+
+
+#: The fields that a Case has besides its Problem, and what fields are if nothing is said.
+OF_CASES = {f.name for f in fields(Case)}
+DEFAULTS = {f.name: f.default for f in (*fields(Problem), *fields(Case))}
 
 
 @dataclass(frozen=True)
@@ -197,10 +202,10 @@ class Rule:
     required: bool = False
 
     def show(self, case: Case) -> str | None:
-        owner = case if self.field in {f.name for f in fields(Case)} else case.problem
-        value = getattr(owner, self.field)
-        default = next(f.default for f in fields(owner) if f.name == self.field)
-        return None if not self.required and value == default and self.field != "fill" else self.write(value)
+        value = getattr(case if self.field in OF_CASES else case.problem, self.field)
+        if not self.required and value == DEFAULTS[self.field] and self.field != "fill":
+            return None
+        return self.write(value)
 
 
 def _count(letter: str, name: str, required: bool = True) -> Rule:
