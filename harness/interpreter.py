@@ -238,7 +238,9 @@ _MOST_TYPES = 10_000
 
 def _keep_types() -> None:
     """What a block's type is made of, and a tensor of that type, is worked out once a type, not at every operation."""
-    core = tl.core
+    from triton.language import core, semantic
+
+    broadcast_as_shipped = semantic.TritonSemantic.broadcast_impl_value
     build_type, build_tensor = core.block_type.__init__, core.tensor.__init__
     made: dict[tuple, dict[str, Any]] = {}
 
@@ -261,8 +263,14 @@ def _keep_types() -> None:
         self.__dict__.update(of_tensors)
         self.handle = handle
 
+    def broadcast(self, lhs, rhs):
+        # Shipped: equal shapes are walked through as well, number by number.
+        left, right = (t.type.shape.values if t.type.is_block() else None for t in (lhs, rhs))
+        return (lhs, rhs) if left == right else broadcast_as_shipped(self, lhs, rhs)
+
     core.block_type.__init__ = block_type
     core.tensor.__init__ = tensor
+    semantic.TritonSemantic.broadcast_impl_value = broadcast
 
 
 def _one_launch_at_a_time(executor) -> None:
