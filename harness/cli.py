@@ -170,14 +170,16 @@ def run(args: argparse.Namespace) -> int:
         print("xpu is EMULATED on the CPU by Triton's interpreter, nothing runs on an XPU:", devices.why_absent("xpu"))
     from harness import check
 
+    entries = ledger.read()
     counts: Counter[str] = Counter()
     for seed in range(case.seed, case.seed + args.seeds):
+        asked = case.change(seed=seed)
         if counts and not args.json:
             print()
         try:
-            verdict = check.run(case.change(seed=seed), backend, device)
+            verdict = check.run(asked, backend, device)
             verdict.spec = args.backend
-            known = ledger.covering(ledger.read(), case, backend.name, str(device))
+            known = ledger.covering(entries, asked, backend.name, str(device))
             verdict.known = ledger.explanation(verdict, known)
         except DeviceLost as error:
             print(f"moe-harness: the device is lost: {error}", file=sys.stderr)
@@ -185,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(verdict.record() | {"environment": devices.environment(device)}, default=str), flush=True)
         else:
-            print("\n".join(_told(case.change(seed=seed), verdict)), flush=True)
+            print("\n".join(_told(asked, verdict)), flush=True)
         counts[verdict.status] += 1
     if args.seeds > 1 and not args.json:
         print(f"\n{args.seeds} seeds: {', '.join(f'{n} {status}' for status, n in counts.items())}")

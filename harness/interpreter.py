@@ -237,7 +237,8 @@ _MOST_TYPES = 10_000
 
 
 def _keep_types() -> None:
-    """What a block's type is made of, and a tensor of that type, is worked out once a type, not at every operation."""
+    """What a block's type is made of, and a tensor of that type, is worked out once a type, not at every operation.
+    With it, shapes are compared as a whole."""
     from triton.language import core, semantic
 
     broadcast_as_shipped = semantic.TritonSemantic.broadcast_impl_value
