@@ -57,7 +57,7 @@ upstream: $(UPSTREAM_STAMP)
 $(UPSTREAM_STAMP): matrix.toml pyproject.toml setup.py constraints.txt
 	$(PYTHON_IS_GOOD)
 	@echo "Installing into $(UPSTREAM_VENV) with $$("$(PYTHON)" --version) (minutes, once)"
-	@"$(PYTHON)" -m harness.matrix $(lastword $(UPSTREAM)) --install --venv "$(UPSTREAM_VENV)" >/dev/null
+	@"$(PYTHON)" -m harness.ci.matrix $(lastword $(UPSTREAM)) --install --venv "$(UPSTREAM_VENV)" >/dev/null
 	@touch $@
 
 # The stamp is written last: an installation that was interrupted is taken up again.

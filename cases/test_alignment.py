@@ -4,7 +4,7 @@ It goes wrong where pairs or experts end beside a chunk's or a block's edge, whe
 the map is no expert's, and where what lies beyond the blocks in use is left as it was (vLLM 35161).
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "alignment"
 STAGE = "align"

@@ -4,7 +4,7 @@ vLLM PR 16198: under torch.compile router weights came with other strides than t
 without `out` the input was overwritten.
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "arguments"
 ROWS = {

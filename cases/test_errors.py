@@ -1,6 +1,6 @@
 """Bad input must raise, say what is wrong, and write nothing; the next good call is right."""
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "errors"
 ALWAYS = (

@@ -3,7 +3,7 @@
 vLLM PR 40109: weights were transposed for one XPU backend and handed to another ("Hidden size mismatch 2048 != 384").
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "fp8_transpose"
 SCHEMES = (

@@ -1,6 +1,6 @@
 """The layer itself: every tile edge, dtype, activation, routing and kind of id, one at a time around a common centre."""
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "layers"
 ROWS = {

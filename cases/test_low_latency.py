@@ -4,7 +4,7 @@ vLLM PR 39016: a refactoring lost the path, -3 % (bf16) and -4.4 % (fp8) tokens/
 which path ran; the exact fill, that both compute the same bits.
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "low_latency"
 EDGES = [(t, k, 4 * t * k + d) for t, k in ((1, 1), (1, 2), (2, 1), (3, 1), (1, 4), (2, 2), (1, 6), (1, 8), (2, 4), (4, 2)) for d in (-1, 0, 1)]

@@ -5,7 +5,7 @@ Every tensor of every call lies between fences of NaN. Offsets overflowed in vLL
 for years, since no test had 2^31 elements; graphs kept what a larger batch had reallocated (vLLM PR 50386).
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "memory"
 QUANTS = ("e4m3.block.group", "e4m3.channel.token", "e4m3.tensor.tensor", "e4m3.tensor.static", "e5m2.block.none")

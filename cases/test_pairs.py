@@ -4,7 +4,7 @@ The other families change one thing at a time; engines ship the combinations, an
 backends their swiglu limit in four PRs: 41986, 42287, 42541, 42855).
 """
 
-from harness.pairwise import pairwise
+from harness.problem.pairwise import pairwise
 
 FAMILY = "pairs"
 ROWS = pairwise(

@@ -6,8 +6,8 @@ cases/test_real_layers.py, DeepSeek-V3 as one of eight tensor-parallel ranks has
 
 import pytest
 
-from harness.battery import TIMED, sweep
-from harness.perf.benchmark import device_clock
+from harness.perf.timing.benchmark import device_clock
+from harness.problem.families import TIMED, sweep
 
 FAMILY = TIMED
 GPU_ROWS = {

@@ -1,10 +1,10 @@
 """Real layers: the dimensions of released models, whole on a GPU, scaled down on the CPU; decode and prefill batches.
 
-Dimensions are those of the configuration classes of transformers 5 (tests/test_real_layers.py compares), but for
+Dimensions are those of the configuration classes of transformers 5 (tests/problem/test_real_layers.py compares), but for
 Qwen2-57B-A14B and GPT-OSS-20B, whose class defaults describe a smaller and a larger model of the same family.
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "real_layers"
 #: model: (whole layer, what it looks like at a size for the CPU)

@@ -4,7 +4,7 @@ On the exact fill all of them hold bit for bit, on the random fill those that re
 every tile configuration, not only the one that a batch gets, and the same bits whatever the batch.
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "relations"
 TOKENS = ("token_order", "batch_parts", "repeated_tokens")

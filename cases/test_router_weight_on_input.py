@@ -4,7 +4,7 @@ SGLang PR 22654, vLLM PR 43694: the weight was applied twice, or never; vLLM's f
 soon as there is a bias. The order here is the modular one. top_k > 1 has no meaning and is refused (family errors).
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "router_weight_on_input"
 ROWS = {

@@ -5,7 +5,7 @@ sglang 30079, 31017), where a bias hides the scores (flashinfer 3875), at groups
 several kernels for different sizes (aiter 4247). Fill `extreme` has a row of each kind of logits in turn, 18 of them.
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "routing"
 STAGE = "route"

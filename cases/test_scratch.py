@@ -4,7 +4,7 @@ vLLM PR 43014 pre-allocates them (9 to 14 % of a small permute); its review foun
 instead of aliased; its one test reuses one size once.
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "scratch"
 SCENARIOS = ("reuse", "pointers", "sizes", "interleaved", "ids", "hidden_size", "steady", "refuses", "device")

@@ -2,10 +2,10 @@
 
 Whoever keeps something between two calls (an instance, a scratch object, a buffer, a converted weight) is right until
 something changes that it did not look at. No list of scenarios has them all: each row is a few sequences, drawn from
-everything that the backend promises and follows (harness/sequences.py), and another seed is other sequences.
+everything that the backend promises and follows (harness/scenarios/stateful/sequences.py), and another seed is other sequences.
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "sequences"
 ROWS = {

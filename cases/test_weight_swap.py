@@ -4,7 +4,7 @@ vLLM PR 42915 keeps an instance built at the first call; its review asked what h
 and got no answer.
 """
 
-from harness.battery import sweep
+from harness.problem.families import sweep
 
 FAMILY = "weight_swap"
 LAYERS = ("bf16", "bf16-kn", "bf16-e4m3.block.none-kn", "bf16-e4m3.channel.token", "bf16-bias-ep2.1-kn")

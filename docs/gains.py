@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 
-from harness.check import run as judged
 from harness.device import Device, start
-from harness.perf.clock import Clock, Stopwatch
-from harness.problem import Case
+from harness.perf.timing.clock import Clock, Stopwatch
+from harness.problem.case import Case
+from harness.run.case import run_case as judged
 
 ROUNDS = 30
 

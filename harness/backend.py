@@ -20,10 +20,10 @@ and, if it wants,
     nan_safe              False: what nobody asks for is multiplied by zero, so that NaN there reaches the output;
                           never asked of it
     stages(call, hidden_states, topk_weights, topk_ids)   one call of what prepare() returned, as a dict of the values
-                          between its stages (harness/localise.py): a failure then says which stage is wrong
+                          between its stages (diagnose/localise.py): a failure then says which stage is wrong
     expected_launches(problem)   (required, forbidden): sets of substrings of kernel names, checked against the trace
-    route(logits, top_k, method, **options)   the router: (topk_weights, topk_ids), asked by harness/routes.py
-    align(topk_ids, block_size, num_experts, **options)   pairs sorted by expert, asked by harness/alignment.py
+    route(logits, top_k, method, **options)   the router: (topk_weights, topk_ids), asked by scenarios/router.py
+    align(topk_ids, block_size, num_experts, **options)   pairs sorted by expert, asked by scenarios/alignment.py
 
 No import from here is needed. prepare() gets the layer's tensors on the device (`Layer`): it may keep the layer, not
 the tensors, because scenarios replace them between calls.
@@ -42,13 +42,26 @@ import torch
 
 from harness import device as devices
 from harness.device import Device
-from harness.problem import Problem
+from harness.problem.case import Problem
 
 #: The only reasons for not running; every skip begins with one of these words.
 UNSUPPORTED = (
     "dtype", "quant", "activation", "bias", "expert_map", "invalid_ids", "router_weight_on_input", "layout", "shape",
     "shared_experts", "scenario", "fill", "device", "package", "memory",
 )  # fmt: skip
+
+#: What a backend may promise besides the right output.
+PROMISES = {
+    "errors": "bad arguments raise an error that names them, and nothing is written",
+    "no_extra_tensor": "router weight on input allocates nothing more than router weight on output",
+    "steady_scratch": "with a scratch object, permuting allocates nothing",
+    "best_first": "route() gives a token's experts best first, and of equal ones the smaller id",
+    "small_sigmoids": "route() computes sigmoids to float32's relative precision, however small they are",
+    "ascending": "align() keeps an expert's pairs in ascending order, and writes all of what it returns",
+    "no_wait": "a steady call reads nothing back from the device, and never waits for it",
+    "graph": "a call can be captured in a graph, and replayed after inputs and weights changed in place",
+    "one_build": "however many threads race the first call, one instance is built (call.instance.builds == 1)",
+}
 
 BUILTIN = (
     "kernels.triton.backend:TritonMoE",
@@ -81,6 +94,10 @@ ENTRY_POINTS = "moe_harness.backends"
 
 class BackendError(Exception):
     """A backend that cannot be found, or breaks the protocol; the message says how to mend it."""
+
+
+class Unsupported(Exception):
+    """The case does not apply; the message is "<keyword>: reason" with a keyword of backend.UNSUPPORTED."""
 
 
 @dataclass
@@ -156,7 +173,7 @@ def unavailable(backend: Any, device: Device) -> str | None:
         if device.interprets_triton and not devices.interpreting():
             return "device: Triton is compiled in this process; its interpreter needs one without a GPU (-m cpu)"
         if device.interprets_triton:
-            from harness import interpreter
+            from harness.trace import interpreter
 
             if reason := interpreter.usable():
                 return f"package: {reason}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.base.errors import UserError
 from reference.plan import Accumulator
 
 DEVICES = ("cpu", "cuda", "xpu")
@@ -35,11 +36,16 @@ class Device:
 
     @property
     def torch(self) -> torch.device:
-        return torch.device("cpu" if self.emulated or self.name == "cpu" else f"{self.name}:0")
+        return torch.device("cpu" if self.on_cpu else f"{self.name}:0")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether its tensors live on the CPU: the CPU itself, or an emulated XPU."""
+        return self.emulated or self.name == "cpu"
 
     @property
     def interprets_triton(self) -> bool:
-        return self.torch.type == "cpu"
+        return self.on_cpu
 
     def __str__(self) -> str:
         return f"{self.name} (emulated)" if self.emulated else self.name
@@ -53,7 +59,7 @@ class Device:
         self._asked("empty_cache")
 
     def _asked(self, function: str) -> None:
-        if self.torch.type == "cpu":
+        if self.on_cpu:
             return
         try:
             getattr(_module(self.name), function)()
@@ -62,7 +68,7 @@ class Device:
 
     def memory_bytes(self) -> int:
         """Free memory for tensors, in bytes."""
-        if self.torch.type == "cpu":
+        if self.on_cpu:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
         return int(_module(self.name).mem_get_info()[0])
 
@@ -170,7 +176,7 @@ def environment(device: Device) -> dict[str, str]:
         "triton": triton.__version__,
         "host": platform.machine(),
     }
-    if device.torch.type != "cpu":
+    if not device.on_cpu:
         found["device_name"] = _module(device.name).get_device_name()
     if device.torch.type == "cuda":
         found["cuda"] = str(torch.version.cuda)
@@ -188,9 +194,18 @@ def start(devices: set[str]) -> None:
         return
     if "kernels.triton.gemm" in sys.modules and not os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError("kernels were imported before the device was chosen: call harness.device.start first")
-    from harness import interpreter
+    from harness.trace import interpreter
 
     interpreter.enable()
+
+
+def ready(name: str) -> Device:
+    """The device of this name, ready for kernels; an absent XPU is emulated."""
+    here = name in present()
+    if not here and name != "xpu":
+        raise UserError(f"--device {name}: {why_absent(name)}")
+    start({name})
+    return Device(name, emulated=not here)
 
 
 def interpreting() -> bool:

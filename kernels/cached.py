@@ -12,7 +12,7 @@ make that safe here:
 3.  Every call works on a snapshot: aliases that keep old storage alive until the kernel was launched, however the
     layer's attributes or their `.data` are rebound meanwhile. See `swap` for writers in other threads.
 
-Price, measured on a shared EPYC core with the launch replaced by nothing (tests/test_cached.py prints it): the check
+Price, measured on a shared EPYC core with the launch replaced by nothing (tests/kernels/test_cached.py prints it): the check
 and the snapshot take 6 us a call for bf16 (2 tensors) and 12 us for fp8 with biases and expert_map (7 tensors); with
 the checks of the call's own arguments 16 and 20 us.
 A captured graph replays without coming here: after a swap it has to be captured anew.

@@ -9,17 +9,16 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import device as devices
-from harness.commands.common import ROOT, Wrong
+from harness.base.errors import UserError
+from harness.base.processes import ROOT
 from harness.device import DEVICES
+from harness.perf.bisect.log import Log
+from harness.perf.bisect.measure import Bench
 from harness.perf.metrics import METRICS, TARGETS, TIMED
-from harness.problem import Case, DescriptorError
-
-if TYPE_CHECKING:
-    from harness.perf.bisect_log import Log
-    from harness.perf.gauge import Bench
+from harness.problem.case import Case, DescriptorError
 
 
 def register(add: Callable[..., Any]) -> None:
@@ -45,8 +44,8 @@ def register(add: Callable[..., Any]) -> None:
 def bisect(args: argparse.Namespace) -> int:
     """0 found, 1 nothing to be found, 3 stopped by the budget before the answer was certain."""
     _validate(args)
-    from harness.perf.checkout import Checkouts, ended_by_sigterm
-    from harness.perf.gauge import Bench
+    from harness.perf.bisect.measure import Bench
+    from harness.perf.versions.checkout import Checkouts, ended_by_sigterm
 
     with ended_by_sigterm(), Checkouts(args.repo or ROOT, build=args.build) as checkouts:
         return carry_out(args, Bench(checkouts, args.device))
@@ -54,11 +53,11 @@ def bisect(args: argparse.Namespace) -> int:
 
 def carry_out(args: argparse.Namespace, bench: Bench) -> int:
     """The search, told as it goes, with workers that the caller ends."""
-    from harness.perf.bisect import Refused, bisect, choose_metric
-    from harness.perf.bisect_log import Log, default_path
-    from harness.perf.bisect_words import Command, told
-    from harness.perf.gauge import Gauge, Question
-    from harness.perf.history import History
+    from harness.perf.bisect.bisect import Refused, bisect, choose_metric
+    from harness.perf.bisect.history import History
+    from harness.perf.bisect.log import Log, default_path
+    from harness.perf.bisect.measure import Gauge, Question
+    from harness.perf.bisect.report import Command, told
 
     resolve = bench.checkouts.resolve
     history = History(bench.checkouts, resolve(args.good), resolve(args.bad))
@@ -95,22 +94,22 @@ def _greet(log: Log) -> None:
 
 
 def _validate(args: argparse.Namespace) -> None:
-    from harness.perf.search import LEAST_BUDGET
+    from harness.perf.bisect.search import LEAST_BUDGET
 
     try:
         Case.parse(args.descriptor)
     except DescriptorError as error:
-        raise Wrong(f"{error}; those in use: python3 -m harness list --why") from error
+        raise UserError(f"{error}; those in use: python3 -m harness list --why") from error
     if not 0.5 < args.confidence < 1:
-        raise Wrong(f"--confidence {args.confidence}: above 0.5 and below 1")
+        raise UserError(f"--confidence {args.confidence}: above 0.5 and below 1")
     if args.budget is not None and args.budget < 2:
-        raise Wrong(f"--budget {args.budget}: 2 or more, both ends are measured")
+        raise UserError(f"--budget {args.budget}: 2 or more, both ends are measured")
     if args.budget is not None and args.metric in TIMED and args.budget < LEAST_BUDGET:
-        raise Wrong(f"--budget {args.budget}: {LEAST_BUDGET} or more with --metric {args.metric}")
+        raise UserError(f"--budget {args.budget}: {LEAST_BUDGET} or more with --metric {args.metric}")
     if not re.fullmatch(r"sm_\d{2,}a?|gfx[0-9a-f]+", args.target):
-        raise Wrong(f"--target {args.target}: such as {', '.join(TARGETS)}")
+        raise UserError(f"--target {args.target}: such as {', '.join(TARGETS)}")
     if args.device not in devices.present() and args.device != "xpu":
-        raise Wrong(f"--device {args.device}: {devices.why_absent(args.device)}")
+        raise UserError(f"--device {args.device}: {devices.why_absent(args.device)}")
 
 
 def _versions() -> dict[str, str | None]:

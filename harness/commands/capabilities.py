@@ -11,11 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 from harness import backend as backends
-from harness import capabilities, summary
-from harness.apart import Apart
-from harness.capabilities import CORNERS, WORDS, Finding
-from harness.commands.common import Wrong, the_device
-from harness.device import DEVICES
+from harness.base.errors import UserError
+from harness.base.text import cut
+from harness.device import DEVICES, ready
+from harness.run import capabilities
+from harness.run.capabilities import CORNERS, WORDS, Finding
+from harness.run.isolated import Apart
 
 
 def register(add: Callable[..., Any]) -> None:
@@ -28,7 +29,7 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    device = the_device(args.device)
+    device = ready(args.device)
     specs = args.backend or [
         b.name
         for b in backends.installed()
@@ -38,7 +39,7 @@ def command(args: argparse.Namespace) -> int:
     for n, spec in enumerate(specs):
         backend = backends.load(spec)
         if reason := backends.unavailable(backend, device):
-            raise Wrong(f"--backend {spec} cannot be used on {device}: {reason}")
+            raise UserError(f"--backend {spec} cannot be used on {device}: {reason}")
         if not args.json:
             print(*[""] * bool(n), f"{backend.name} on {device}", sep="\n", flush=True)
         counts: Counter[str] = Counter()
@@ -51,11 +52,11 @@ def command(args: argparse.Namespace) -> int:
                 elif found.word == "refused" and not found.disagrees:
                     refused[found.detail].append(found.corner or "plain layer")
                 else:
-                    print(summary.cut(line(found)), flush=True)
+                    print(cut(line(found)), flush=True)
         bad |= bool(set(counts) - {"right", "refused"})
         if not args.json:
             for reason, corners in refused.items():
-                print(summary.cut(f"  refused: {reason}"))
+                print(cut(f"  refused: {reason}"))
                 print(
                     *textwrap.wrap(", ".join(corners), 110, initial_indent=" " * 4, subsequent_indent=" " * 4), sep="\n"
                 )

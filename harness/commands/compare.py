@@ -5,23 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import textwrap
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import device as devices
-from harness.commands.common import ROOT, Wrong
+from harness.base.errors import UserError
+from harness.base.processes import ROOT
 from harness.commands.structure import BASELINE
 from harness.device import DEVICES
+from harness.perf.compare.compare import Question
+from harness.perf.compare.report import markdown, summed_up, table
 from harness.perf.metrics import METRICS, STRUCTURE
-from harness.problem import Case, DescriptorError
-
-if TYPE_CHECKING:
-    from harness.perf.checkout import Checkouts
-    from harness.perf.compare import Question, Row
+from harness.perf.versions.checkout import Checkouts
+from harness.problem.case import Case, DescriptorError
 
 BUDGET, THRESHOLD = 900.0, 1.0
 ON_CPU = "torch-grouped-mm"  #: the backend that is timed there: others need the interpreter
@@ -85,14 +83,14 @@ def _take_cases_after_options(sub: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Returns the exit code."""
-    from harness.perf import compare
-    from harness.perf.checkout import CannotBuild, Checkouts, ended_by_sigterm, short
+    from harness.perf.compare import compare
+    from harness.perf.versions.checkout import CannotBuild, Checkouts, ended_by_sigterm, short
 
     if args.device != "xpu" and args.device not in devices.present():
-        raise Wrong(f"--device {args.device}: {devices.why_absent(args.device)}")
+        raise UserError(f"--device {args.device}: {devices.why_absent(args.device)}")
     if args.budget < 0 or args.threshold <= 0:
         name, value = ("budget", args.budget) if args.budget < 0 else ("threshold", args.threshold)
-        raise Wrong(f"--{name} {value:g}: must be {'0 or more' if name == 'budget' else 'above 0'}")
+        raise UserError(f"--{name} {value:g}: must be {'0 or more' if name == 'budget' else 'above 0'}")
     asked = questions(args)
     begun, started = time.time(), time.monotonic()
     with ended_by_sigterm(), Checkouts(args.repo or ROOT, args.build) as checkouts:
@@ -104,7 +102,7 @@ def command(args: argparse.Namespace) -> int:
                 checkouts.at(commit)
             except CannotBuild as error:
                 if commit == base:
-                    raise Wrong(f"BASE {error}") from error
+                    raise UserError(f"BASE {error}") from error
                 print(f"moe-harness: HEAD {error}\nregressed: HEAD cannot be built", file=sys.stderr)
                 return 1
         older, newer = (compare.Side(checkouts, commit, args.device) for commit in (base, head))
@@ -126,13 +124,13 @@ def command(args: argparse.Namespace) -> int:
 
 def questions(args: argparse.Namespace) -> list[Question]:
     """What is asked: every case on every backend, or the default set of the device."""
-    from harness.perf.compare import Question
+    from harness.perf.compare.compare import Question
 
     if args.repo and not args.backend:
-        raise Wrong("--repo without --backend: name yours, --backend package.module:object")
+        raise UserError("--repo without --backend: name yours, --backend package.module:object")
     metrics = tuple(args.metric or (*STRUCTURE, "device_us"))
     if not args.descriptor and not args.backend and args.device != "cuda":
-        from harness.perf.baseline_text import read
+        from harness.perf.count.baseline_file import read
 
         counted = tuple(name for name in metrics if METRICS[name].source != "time")
         timed = tuple(name for name in metrics if METRICS[name].source == "time")
@@ -141,14 +139,14 @@ def questions(args: argparse.Namespace) -> list[Question]:
     try:
         cases = [str(Case.parse(text)) for text in args.descriptor] or _timed(args.device)
     except DescriptorError as error:
-        raise Wrong(f"{error}; those in use: python3 -m harness list --why") from error
+        raise UserError(f"{error}; those in use: python3 -m harness list --why") from error
     backends = args.backend or [ON_CPU if args.device == "cpu" else ON_GPU]
     return [Question(case, backend, metrics) for case in dict.fromkeys(cases) for backend in dict.fromkeys(backends)]
 
 
 def _alike(checkouts: Checkouts, base: str, head: str, folder: str) -> str:
     """What to say if there is no difference to be found; "" if there may be."""
-    from harness.perf.compare import identical
+    from harness.perf.compare.compare import identical
 
     if not identical(checkouts, base, head, folder):
         return ""
@@ -157,10 +155,10 @@ def _alike(checkouts: Checkouts, base: str, head: str, folder: str) -> str:
 
 def _timed(device: str) -> list[str]:
     """The cases that are timed on this device."""
-    from harness import battery
+    from harness.problem import families
 
-    module = next(m for m in battery.families() if m.FAMILY == battery.TIMED)
-    cases = [row.case for row in battery.rows(module, devices.Device(device, emulated=device == "xpu"))]
+    module = next(m for m in families.families() if m.FAMILY == families.TIMED)
+    cases = [row.case for row in families.rows(module, devices.Device(device, emulated=device == "xpu").on_cpu)]
     return [str(case) for case in cases if case.fill == "random"]  # an exact one takes as long, or the judge longer
 
 
@@ -177,97 +175,4 @@ def _write(path: Path, mode: str, text: str) -> None:
         with path.open(mode, encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise Wrong(f"{path}: {error.strerror}") from error
-
-
-# -- in words ---------------------------------------------------------------------------------------------------------
-HEADING = ("", "BASE", "HEAD", "change", "", "floor", "finds", "samples", "time")
-WIDTHS = (18, 12, 12, 29, 13, 8, 8, 9, 8)
-
-
-def table(rows: Iterable[Row]) -> list[str]:
-    """For people, 120 columns: a line for each case and backend, and for each metric but what is exactly the same."""
-    lines = [_line(HEADING)]
-    for (case, backend), told, same in _told(rows):
-        heading = f"{case} on {backend}" + (f": the same in {same}" if same else "")
-        lines += textwrap.wrap(heading, 120, subsequent_indent="  ", break_on_hyphens=False)
-        for row in told:
-            lines.append(_line(_cells(row)))
-            lines += [f"      {remark}"[:120] for remark in row.remarks]
-    return lines
-
-
-def markdown(rows: Iterable[Row]) -> list[str]:
-    """The same as a table of Markdown."""
-    heading = ("case", "backend", "metric", "BASE", "HEAD", "change", "verdict", *HEADING[5:], "remarks")
-    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
-    for (case, backend), told, same in _told(rows):
-        tails = [[*_cells(row), "; ".join(row.remarks)] for row in told]
-        tails += [[same, "", "", "", "same", "", "", "", "", ""]] if same else []
-        for words in tails:
-            words[4] = f"**{words[4]}**" if words[4] == "regressed" else words[4]
-            escaped = (word.replace("|", "\\|") for word in (case, backend, *words))
-            lines.append(f"| {' | '.join(escaped)} |")
-    return lines
-
-
-def _told(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row], str]]:
-    """By case and backend: the rows to be told one by one, and the exact metrics that are the same in a few words."""
-    found: dict[tuple[str, str], tuple[list[Row], list[Row]]] = {}
-    for row in rows:
-        told, same = found.setdefault((row.case, row.backend), ([], []))
-        (same if row.verdict == "same" and METRICS[row.metric].exact else told).append(row)
-    words = []
-    for key, (told, same) in found.items():
-        counted = sum(row.metric != "correct" for row in same)
-        parts = ["correctness"] if len(same) > counted else []
-        parts += [f"{counted} counted metric{'s' if counted > 1 else ''}"] if counted else []
-        words.append((key, told, " and ".join(parts)))
-    return words
-
-
-def _cells(row: Row) -> list[str]:
-    e = row.estimate
-    cells = [row.metric, _value(row.base, row.metric), _value(row.head, row.metric), "", row.verdict, "", "", "", ""]
-    if e and row.detectable is not None:
-        cells[3] = f"{100 * e.change:+.1f} % ({100 * e.low:+.1f} to {100 * e.high:+.1f})"
-        cells[5], cells[6] = f"{100 * e.floor:.1f} %", f"{100 * row.detectable:.1f} %"
-        cells[7] = f"{e.generations} x {row.samples // e.generations}"
-    elif isinstance(row.base, int) and isinstance(row.head, int):
-        cells[3] = f"{row.head - row.base:+d}"
-    if row.seconds:
-        cells[8] = f"{row.seconds:.0f} s"
-    return cells
-
-
-def _value(value: Any, metric: str) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f} us" if isinstance(value, float) else str(value)
-
-
-def _line(cells: Iterable[str]) -> str:
-    first, *others = cells
-    return (f"  {first:{WIDTHS[0]}}" + "".join(f"{c:>{w}}" for c, w in zip(others, WIDTHS[1:]))).rstrip()
-
-
-def summed_up(rows: list[Row], seconds: float) -> list[str]:
-    """The totals, and what the timed part could have found."""
-    counts = Counter(row.verdict for row in rows)
-    told = ", ".join(
-        f"{counts[v]} {v}" for v in ("regressed", "improved", "undecided", "same", "not compared") if counts[v]
-    )
-    lines = [f"{len(rows)} metrics in {seconds:.0f} s: {told}."]
-    limits = [row.detectable for row in rows if row.detectable is not None and row.verdict in ("same", "undecided")]
-    if limits:
-        lines.append(
-            f"In {len(limits)} timed as same or undecided, a change of {100 * max(limits):.1f} % would have been found "
-            "with 80 % probability (finds: one by one)."
-        )
-    floors = [row.estimate.floor for row in rows if row.estimate]
-    if floors:
-        lines.append(
-            f"Noise floor, from BASE against itself: {100 * min(floors):.1f} to {100 * max(floors):.1f} %. Intervals: "
-            "each bound holds with 95 %."
-        )
-    return lines
+        raise UserError(f"{path}: {error.strerror}") from error

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from harness.commands.common import Wrong, the_device
-from harness.device import DEVICES
+from harness.base.errors import UserError
+from harness.device import DEVICES, ready
 
 SIZES = {"K": 2**10, "M": 2**20, "G": 2**30}
 ON_CPU, ON_GPU = "1M", "256M"  #: of weights and batch: what one problem may take
@@ -31,27 +31,27 @@ def register(add: Callable[..., Any]) -> None:
 
 def fuzz(args: argparse.Namespace) -> int:
     from harness import backend as backends
-    from harness.simplest import missing
+    from harness.base.minimal import missing
 
     most = _bytes(args.bytes) if args.bytes else None
     for name in ("seconds", "examples"):
         value = getattr(args, name)
         if value is not None and not value > 0:
-            raise Wrong(f"--{name} {value:g}: more than 0")
+            raise UserError(f"--{name} {value:g}: more than 0")
     if args.seed is not None and args.seed < 0:
-        raise Wrong(f"--seed {args.seed}: 0 or more")
+        raise UserError(f"--seed {args.seed}: 0 or more")
     if reason := missing():
-        raise Wrong(f"fuzz: {reason}")
-    device = the_device(args.device)
+        raise UserError(f"fuzz: {reason}")
+    device = ready(args.device)
     backend = backends.load(args.backend)
     if reason := backends.unavailable(backend, device):
-        raise Wrong(f"--backend {args.backend} on {device}: {reason.partition(': ')[2]}")
+        raise UserError(f"--backend {args.backend} on {device}: {reason.partition(': ')[2]}")
 
-    from harness.apart import Apart, Broken
-    from harness.fuzz import SEQUENCES, Space
-    from harness.fuzz import fuzz as search
+    from harness.run.fuzz import SEQUENCES, Space
+    from harness.run.fuzz import fuzz as search
+    from harness.run.isolated import Apart, Broken
 
-    most = most or _bytes(ON_CPU if device.torch.type == "cpu" else ON_GPU)
+    most = most or _bytes(ON_CPU if device.on_cpu else ON_GPU)
     seed = args.seed if args.seed is not None else secrets.randbelow(2**32)
     again = f"python3 -m harness fuzz --backend {args.backend} --device {device.name} --seed {seed} --bytes {most}"
     again += " --sequences" if args.sequences else ""
@@ -63,7 +63,7 @@ def fuzz(args: argparse.Namespace) -> int:
                 examples=args.examples, progress=_progress,
             )  # fmt: skip
     except Broken as error:
-        raise Wrong(f"--backend {args.backend}: {str(error).splitlines()[-1]}") from error
+        raise UserError(f"--backend {args.backend}: {str(error).splitlines()[-1]}") from error
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     print("\n".join(_counted(told)))
@@ -80,7 +80,7 @@ def fuzz(args: argparse.Namespace) -> int:
 def _bytes(text: str) -> int:
     number, unit = (text[:-1], SIZES[text[-1].upper()]) if text[-1].upper() in SIZES else (text, 1)
     if not number.isdecimal() or int(number) == 0:
-        raise Wrong(f"--bytes {text}: a number of bytes, or of {', '.join(SIZES)} as in 256M")
+        raise UserError(f"--bytes {text}: a number of bytes, or of {', '.join(SIZES)} as in 256M")
     return int(number) * unit
 
 
@@ -103,8 +103,8 @@ def _counted(told: Any) -> list[str]:
 
 
 def _found(told: Any, again: str) -> list[str]:
-    from harness.fuzz import home
-    from harness.problem import Case
+    from harness.problem.case import Case
+    from harness.run.fuzz import home
 
     verdict = told.found
     once = "asked once more, in a new process, it was right: it depends on what ran before"

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from harness import device as devices
-from harness import matrix, summary
-from harness.commands.common import ROOT, Wrong, environment
-from harness.matrix import MatrixError, Row
-from harness.processes import exit_code
-from harness.results import ResultsError
+from harness.base.errors import UserError
+from harness.base.processes import ROOT, environment, exit_code
+from harness.base.text import number
+from harness.ci import matrix
+from harness.ci.matrix import MatrixError, Row
+from harness.results.file import ResultsError
 
 
 def register(add: Callable[..., Any]) -> None:
@@ -59,12 +60,12 @@ def command(args: argparse.Namespace) -> int:
         row = matrix.of(args.row, rows)
         return _compare(row, *args.compare) if args.compare else _run(row, args)
     except (MatrixError, ResultsError) as error:
-        raise Wrong(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def _durations(paths: list[str]) -> int:
-    from harness.report.merge import merge
-    from harness.shards import condensed
+    from harness.ci.durations import condensed
+    from harness.results.merge import merge
 
     records, remarks = merge(paths)
     for remark in remarks:
@@ -80,7 +81,7 @@ def _table(rows: list[Row]) -> list[str]:
     ]
     why: dict[str, list[str]] = {}
     for row in rows:
-        floor = f"{sum(row.floor.values())} ({summary.number(len(row.floor), 'backend')})"
+        floor = f"{sum(row.floor.values())} ({number(len(row.floor), 'backend')})"
         words = [row.name, " ".join(row.runner), row.device, row.markers or "-", row.shards, row.minutes]
         reason = absent(row)
         if reason:
@@ -101,7 +102,7 @@ def absent(row: Row) -> str:
 # -- a run ------------------------------------------------------------------------------------------------------------
 def _run(row: Row, args: argparse.Namespace) -> int:
     if reason := absent(row):
-        raise Wrong(f"{row.name} cannot run here: {reason}")
+        raise UserError(f"{row.name} cannot run here: {reason}")
     shard = args.shard or "1/1"
     number, count = matrix.shard_of(shard)
     name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{row.name}-{number}of{count}.jsonl"
@@ -120,8 +121,8 @@ def _run(row: Row, args: argparse.Namespace) -> int:
 
 
 def _below_floor(row: Row, path: Path) -> int:
-    from harness import gather
-    from harness.report.merge import merge
+    from harness.ci import gather
+    from harness.results.merge import merge
 
     problems = gather.below_floor(row, gather.last_of_each(merge([path])[0]))
     for problem in problems:
@@ -131,7 +132,7 @@ def _below_floor(row: Row, path: Path) -> int:
 
 def _compare(row: Row, base: str, head: str) -> int:
     if row.compare is None:
-        raise Wrong(f"{row.name}: compares nothing (no key compare in matrix.toml)")
+        raise UserError(f"{row.name}: compares nothing (no key compare in matrix.toml)")
     words = [sys.executable, "-m", "harness", "compare", base, head]
     words += [f"--device={row.device.removesuffix('-emulated')}", *row.compare]
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from harness.commands.common import Wrong
+from harness.base.errors import UserError
 from harness.device import DEVICES
 
 FLOOR = 0.98  #: of the bugs must be noticed
@@ -46,32 +46,33 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def mutate(args: argparse.Namespace) -> int:
-    from harness.mutate import bugs, naming, order, play, runner, store, table
+    from harness.mutate import bugs, cause_score, process, runner, schedule, summary
+    from harness.mutate.outcomes import Store, digest, suite_digest
     from harness.mutate.progress import Progress
 
     rules = _rules(args)
     if not 0 <= args.floor <= 1:
-        raise Wrong(f"--floor {args.floor:g}: a share, from 0 to 1")
+        raise UserError(f"--floor {args.floor:g}: a share, from 0 to 1")
     try:
         known = bugs.read()
     except bugs.BugError as error:
-        raise Wrong(str(error)) from error
-    chosen = order.part(known, ONE_IN) if args.part else known
+        raise UserError(str(error)) from error
+    chosen = schedule.part(known, ONE_IN) if args.part else known
     chosen = _named(chosen, args.entry)
     device, reason = runner.look(args.device)
     if device is None:
-        raise Wrong(f"--device {args.device}: {reason}")
+        raise UserError(f"--device {args.device}: {reason}")
     elsewhere = {name: bug for name, bug in chosen.items() if bug.device not in ("", device.name)}
     chosen = {name: bug for name, bug in chosen.items() if name not in elsewhere}
     if not chosen:
-        raise Wrong(f"--device {device.name}: can show none of {', '.join(elsewhere)}")
-    play.prepare(device)
+        raise UserError(f"--device {device.name}: can show none of {', '.join(elsewhere)}")
+    process.prepare(device)
     jobs = _count("--jobs", args.jobs, _jobs(device))
     tasks = _tasks(args, chosen, device, rules, jobs)
     path = args.results or Path("results") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-mutate-{device.name}.jsonl"
-    file = store.Store(path, str(device))
-    suite = store.suite_digest()
-    marks = {task.bug.name: store.digest(task.bug, task.asking, suite) for task in tasks}
+    file = Store(path, str(device))
+    suite = suite_digest()
+    marks = {task.bug.name: digest(task.bug, task.asking, suite) for task in tasks}
     outcomes = [found for mark in marks.values() if (found := file.known(mark))]
     done = {found.mutant for found in outcomes}
     print(f"moe-harness: {_said(chosen)} on {device}, {jobs} at a time, into {path}", flush=True)
@@ -86,7 +87,7 @@ def mutate(args: argparse.Namespace) -> int:
             found.digest = marks[found.mutant]
             file.append(found)
             outcomes.append(found)
-            progress.done(table.line(found))
+            progress.done(summary.line(found))
     except KeyboardInterrupt:
         progress.clear()
         print(f"moe-harness: interrupted, {len(outcomes)} of {len(tasks)} done; to go on: --results {path}")
@@ -96,13 +97,13 @@ def mutate(args: argparse.Namespace) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     progress.clear()
-    print("\n".join(table.told(outcomes, known, whole=args.all or bool(rules))))
+    print("\n".join(summary.told(outcomes, known, whole=args.all or bool(rules))))
     if rules:
-        rows = table.against(outcomes, rules)
-        print("\n".join(["", *table.plain(rows)]))
+        rows = summary.against(outcomes, rules)
+        print("\n".join(["", *summary.plain(rows)]))
         if args.markdown:
-            _write(args.markdown, table.markdown(rows))
-    print("\n".join(["", *naming.score(outcomes, known).lines()]))
+            _write(args.markdown, summary.markdown(rows))
+    print("\n".join(["", *cause_score.score(outcomes, known).lines()]))
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"\n{progress.seconds:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of CPU time; results: {path}")
     # Emulated is a contract that few backends have: who has none of them is not asked, and need not be.
@@ -110,10 +111,10 @@ def mutate(args: argparse.Namespace) -> int:
 
 
 def _verdict(args: argparse.Namespace, outcomes: list[Any]) -> int:
-    from harness.mutate import store
+    from harness.mutate.outcomes import ILL_MADE, counts
 
-    killed, asked = store.counts(outcomes)
-    wrong = [found.mutant for found in outcomes if found.outcome in store.ILL_MADE]
+    killed, asked = counts(outcomes)
+    wrong = [found.mutant for found in outcomes if found.outcome in ILL_MADE]
     accused = [found.mutant for found in outcomes if found.outcome == "accused"]
     if wrong:
         print(f"moe-harness: entries that are no bugs: {', '.join(wrong)}")
@@ -129,18 +130,18 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise Wrong(f"--markdown {path}: {error.strerror}") from error
+        raise UserError(f"--markdown {path}: {error.strerror}") from error
 
 
 def _rules(args: argparse.Namespace) -> tuple[str, ...]:
-    from harness.mutate.rules import RULES
+    from harness.mutate.field_rules import RULES
 
     if args.markdown and not args.against:
-        raise Wrong("--markdown: needs --against RULE")
+        raise UserError("--markdown: needs --against RULE")
     if args.against in (None, "all"):
         return tuple(RULES) if args.against else ()
     if args.against not in RULES:
-        raise Wrong(f"--against {args.against}: one of {', '.join(RULES)}, or all")
+        raise UserError(f"--against {args.against}: one of {', '.join(RULES)}, or all")
     return (args.against,)
 
 
@@ -152,14 +153,14 @@ def _named(known: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
         mine = {name: bug for name, bug in known.items() if fnmatch(name, word) or fnmatch(bug.kind, word)}
         if not mine:
             kinds = sorted({bug.kind for bug in known.values()})
-            raise Wrong(f"{word}: no entry of that name or pattern; classes: {', '.join(kinds)}")
+            raise UserError(f"{word}: no entry of that name or pattern; classes: {', '.join(kinds)}")
         found |= mine
     return found if words else dict(known)
 
 
 def _tasks(args: argparse.Namespace, chosen: dict[str, Any], device: Any, rules: tuple[str, ...], jobs: int) -> list:
     from harness.mutate import runner
-    from harness.mutate.asking import MEMORY, MORE, Asking
+    from harness.mutate.protocol import MEMORY, MORE, Asking
 
     limit, case_limit = LIMITS["cpu" if device.interprets_triton else "gpu"]
     whole = args.all or bool(rules)
@@ -177,7 +178,7 @@ def _tasks(args: argparse.Namespace, chosen: dict[str, Any], device: Any, rules:
 
 def _count(option: str, given: int | None, otherwise: int) -> int:
     if given is not None and given < 1:
-        raise Wrong(f"{option} {given}: 1 or more")
+        raise UserError(f"{option} {given}: 1 or more")
     return given or otherwise
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness.commands.common import Wrong
+from harness.base.errors import UserError
 
 
 def register(add: Callable[..., Any]) -> None:
@@ -20,22 +20,24 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def report(args: argparse.Namespace) -> int:
-    from harness import results, summary
-    from harness.report import data, merge, page
+    from harness.base.text import number
+    from harness.report import data, page
+    from harness.results import merge, summary
+    from harness.results.file import now
 
     records, remarks = merge.merge(args.results)
     for remark in remarks:
         print(f"moe-harness: {remark}", file=sys.stderr)
     if not records:
-        raise Wrong(f"{', '.join(args.results)}: no record in it that can be read")
-    payload = data.payload(records, remarks, args.title, f"made {results.now()}")
+        raise UserError(f"{', '.join(args.results)}: no record in it that can be read")
+    payload = data.payload(records, remarks, args.title, f"made {now()}")
     plain = [*remarks, *payload["warnings"], *summary.totals(records)]
     try:
         args.out.write_text(page.render(payload, plain), encoding="utf-8")
     except OSError as error:
-        raise Wrong(f"--out {args.out}: {error.strerror}") from error
+        raise UserError(f"--out {args.out}: {error.strerror}") from error
     for warning in payload["warnings"]:
         print(f"moe-harness: {warning}", file=sys.stderr)
     megabytes = args.out.stat().st_size / 1e6
-    print(f"{args.out}: {summary.number(len(records), 'record')}, {megabytes:.1f} MB")
+    print(f"{args.out}: {number(len(records), 'record')}, {megabytes:.1f} MB")
     return 0

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness.commands.common import ROOT, Wrong, the_device
-from harness.device import DEVICES
+from harness.base.errors import UserError
+from harness.base.processes import ROOT
+from harness.device import DEVICES, ready
 from harness.perf.metrics import METRICS, TARGETS
 
 BASELINE = ROOT / "cases" / "structure.toml"
@@ -38,27 +39,27 @@ def structure(args: argparse.Namespace) -> int:
     if args.descriptor is None:
         return _check(args)
     if args.backend is None:
-        raise Wrong(f"{args.descriptor}: needs --backend SPEC")
+        raise UserError(f"{args.descriptor}: needs --backend SPEC")
     if args.accept:
-        raise Wrong(f"--accept takes no case: it writes all of {args.baseline.name}; add the case there first")
+        raise UserError(f"--accept takes no case: it writes all of {args.baseline.name}; add the case there first")
     return _show(args)
 
 
 # -- the baseline -----------------------------------------------------------------------------------------------------
 def _check(args: argparse.Namespace) -> int:
-    from harness.perf import baseline
-    from harness.perf.baseline_text import BaselineError, read
+    from harness.perf.count import baseline
+    from harness.perf.count.baseline_file import BaselineError, read
 
     if args.device != "cpu" or args.backend or args.target:
         option = "--backend" if args.backend else "--target" if args.target else f"--device {args.device}"
-        raise Wrong(f"{option}: needs a DESCRIPTOR; the baseline is the cpu's, for all its backends and targets")
+        raise UserError(f"{option}: needs a DESCRIPTOR; the baseline is the cpu's, for all its backends and targets")
     if args.accept and args.no_compile:
-        raise Wrong("--accept --no-compile: a baseline without machine code is not one; leave --no-compile out")
+        raise UserError("--accept --no-compile: a baseline without machine code is not one; leave --no-compile out")
     try:
         old = read(args.baseline)
     except BaselineError as error:
-        raise Wrong(str(error)) from error
-    device = the_device("cpu")
+        raise UserError(str(error)) from error
+    device = ready("cpu")
 
     def progress(line: str) -> None:
         if sys.stderr.isatty() and not args.json:
@@ -92,12 +93,14 @@ def _told(found: Any) -> list[str]:
 
 
 def _accept(args: argparse.Namespace, old: Any, found: Any) -> int:
-    from harness.perf import baseline
-    from harness.perf.baseline_text import render
+    from harness.perf.count import baseline
+    from harness.perf.count.baseline_file import render
 
     missing = [block.key for block in found.fresh.blocks if block.record is None]
     if missing:
-        raise Wrong(f"--accept: {len(missing)} cases have no numbers here, so nothing is written: {', '.join(missing)}")
+        raise UserError(
+            f"--accept: {len(missing)} cases have no numbers here, so nothing is written: {', '.join(missing)}"
+        )
     if render(old) == render(found.fresh):
         return 0
     baseline.write(args.baseline, found.fresh)
@@ -109,9 +112,9 @@ def _accept(args: argparse.Namespace, old: Any, found: Any) -> int:
 # -- one case ---------------------------------------------------------------------------------------------------------
 def _show(args: argparse.Namespace) -> int:
     from harness import backend as backends
-    from harness.perf.compiled import gpu
-    from harness.perf.structure import NotCorrect, NotMeasured, compile_for, measure
-    from harness.problem import Case
+    from harness.perf.count.compiled import gpu
+    from harness.perf.count.structure import NotCorrect, NotMeasured, compile_for, measure
+    from harness.problem.case import Case
 
     case = Case.parse(args.descriptor)
     targets = args.target or list(TARGETS)
@@ -119,8 +122,8 @@ def _show(args: argparse.Namespace) -> int:
         try:
             gpu(target)
         except ValueError as error:
-            raise Wrong(f"--{error}") from error
-    device = the_device(args.device)
+            raise UserError(f"--{error}") from error
+    device = ready(args.device)
     try:
         found = measure(case, backends.load(args.backend), device)
     except (NotCorrect, NotMeasured) as error:

@@ -12,7 +12,7 @@ An entry is five lines under its name:
 edit is a file under kernels/ and a function, or Class.method, in it (a file alone: anywhere in it). old must occur
 there exactly once; old and new may be lists of the same length, and then so may edit. reveals names the family that
 should notice, and words of the descriptors there that have what it takes. Optional keys: backends, those to ask instead
-of the ones that FOLLOWS gives; cause, what harness/suspects.py should call it; device, the only one that can show it;
+of the ones that FOLLOWS gives; cause, what diagnose/match.py should call it; device, the only one that can show it;
 survives, why no case can tell it from the right kernel; raises, the error (NameError, CompilationError, ...) that the
 real bug was, and that would otherwise say that the edit made the kernels no program. In controls.toml the edits are
 correct variants: none may be accused.
@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import toml
-from harness.processes import ROOT
+from harness.base import toml
+from harness.base.processes import ROOT
 
 BUGS, KERNELS = ROOT / "cases" / "bugs", ROOT / "kernels"
 CONTROLS, WAITING = "controls", "waiting"

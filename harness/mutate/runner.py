@@ -14,12 +14,12 @@ from typing import Any
 
 from harness import device as devices
 from harness.device import Device
-from harness.mutate import store
-from harness.mutate.asking import Asking, Questions, Run
+from harness.mutate import outcomes
 from harness.mutate.bugs import Bug, BugError
-from harness.mutate.order import order, seeded, spread
-from harness.mutate.play import Mutant
-from harness.mutate.store import Outcome
+from harness.mutate.outcomes import Outcome
+from harness.mutate.process import Mutant
+from harness.mutate.protocol import Asking, Questions, Run
+from harness.mutate.schedule import order, seeded, spread
 
 _TICK = 0.25  #: seconds between two looks at the processes that say nothing
 
@@ -75,7 +75,7 @@ def run(tasks: list[Task], jobs: int, watch: Callable[[list[str]], None] = lambd
                 if w.mutant.ended:
                     del working[connection]
                     w.mutant.close()
-                    yield store.outcome(w.task.bug, w.runs, time.monotonic() - w.started)
+                    yield outcomes.outcome(w.task.bug, w.runs, time.monotonic() - w.started)
     finally:
         for w in working.values():
             w.mutant.close()

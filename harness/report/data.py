@@ -9,11 +9,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from harness.explain import STATISTICS
-from harness.report import history, performance, words
+from harness.base.text import number
+from harness.problem import words
+from harness.report import history, performance
 from harness.report.history import Item, Place, Record, Run, State
-from harness.summary import FAILED, JUDGED, number
-from harness.verdict import STATUSES
+from harness.results.verdict import FAILED, JUDGED, STATISTICS, STATUSES
 
 TEXTS = 12_000_000  #: characters of failures' reports and error maps that go into a page, at most
 TEXT = 20_000  #: characters of one report

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.results import NOT_EXECUTED
+from harness.results.verdict import NOT_EXECUTED
 
 Record = dict[str, Any]
 Item = tuple[str, str, str]  #: family, backend, case

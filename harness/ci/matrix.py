@@ -1,0 +1,276 @@
+"""The CI matrix: the rows of matrix.toml, what a row's shard runs, and the list of jobs that CI makes of them.
+
+Needs nothing but the standard library, so that a job can ask before anything is installed:
+
+    python3 -m harness.ci.matrix --json --when change      the jobs, for GitHub's fromJSON
+    python3 -m harness.ci.matrix --install ROW             what a row needs, into .venv (--venv: elsewhere)
+
+A row is run by `python3 -m harness matrix ROW` (commands/matrix.py), in CI as anywhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from harness.base import toml
+from harness.base.processes import ROOT, pytest_words, workers
+from harness.results.file import ResultsError
+from harness.results.floor import read_floor
+
+PATH = ROOT / "matrix.toml"
+DURATIONS = ROOT / "cases" / "durations.toml"
+DEVICES = ("cpu", "cuda", "xpu", "xpu-emulated")
+WHEN = ("change", "nightly")
+SELF_HOSTED = "self-hosted"
+#: What a job's environment is told, and records carry on: results/file.py.
+ROW, SHARD = "MOE_HARNESS_ROW", "MOE_HARNESS_SHARD"
+
+
+class MatrixError(Exception):
+    """matrix.toml, or what was asked of it, is wrong; the message names the row, the key and what is valid."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; the words are explained at the top of matrix.toml."""
+
+    name: str
+    runner: tuple[str, ...]
+    device: str
+    floor: dict[str, int]  #: the least number of executed verdicts, by backend
+    minutes: int
+    when: tuple[str, ...] = WHEN
+    shards: int = 1
+    markers: str = ""
+    backends: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    python: str = ""
+    extras: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    constraints: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    compare: tuple[str, ...] | None = None
+
+    @property
+    def own_labels(self) -> set[str]:
+        """The labels that tell this runner from those of the host; none for a hosted runner."""
+        return set(self.runner) - {SELF_HOSTED} if SELF_HOSTED in self.runner else set()
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+def read(path: Path | None = None) -> dict[str, Row]:
+    """The rows by name, in the order of the file (matrix.toml). MatrixError says what is wrong with it."""
+    path = path or PATH
+    tables = toml.read(path, MatrixError)
+    if not tables:
+        raise MatrixError(f"{path}: holds no rows; a row is a table, [name]")
+    return {name: _row(name, table, path) for name, table in tables.items()}
+
+
+def _row(name: str, table: Any, path: Path) -> Row:
+    def wrong(key: str, valid: str) -> MatrixError:
+        return MatrixError(f"{path.name}: [{name}] {key}={table[key]!r}: {valid}")
+
+    if not isinstance(table, dict):
+        raise MatrixError(f"{path.name}: {name}={table!r}: must be a table, [{name}]")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+        raise MatrixError(f"{path.name}: [{name}]: a name is of a-z, 0-9, - and _, since files are named after it")
+    for key, value in table.items():
+        if key not in VALID:
+            raise wrong(key, f"no such key; valid: {', '.join(VALID)}")
+        valid, words = VALID[key]
+        if not valid(value):
+            raise wrong(key, words)
+    for f in fields(Row):
+        if f.name in VALID and f.default is MISSING and f.default_factory is MISSING and f.name not in table:
+            raise MatrixError(f"{path.name}: [{name}] has no {f.name}: {VALID[f.name][1]}")
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    if isinstance(values["runner"], str):
+        values["runner"] = (values["runner"],)
+    if values.get("constraints") and not (path.parent / values["constraints"]).is_file():
+        raise wrong("constraints", "no such file")
+    if isinstance(values["floor"], str):
+        try:
+            sections = read_floor(path.parent / values["floor"])
+        except ResultsError as error:
+            raise wrong("floor", str(error).removeprefix("--floor ")) from error
+        if values["device"] not in sections:
+            raise wrong("floor", f"has no section [{values['device']}]; there: {', '.join(sections) or 'none'}")
+        only, whole = values.get("backends"), sections[values["device"]]
+        values["floor"] = {backend: n for backend, n in whole.items() if not only or backend in only}
+    if not any(values["floor"].values()):
+        raise wrong("floor", "demands nothing: a row that tests nothing would be green")
+    return Row(name, **values)
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) and word for word in value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_floor(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, dict) and all(type(n) is int and n >= 0 for n in value.values())
+    )
+
+
+#: What a key's value must be, as a test and in words.
+VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "runner": (lambda value: bool(value) and (_text(value) or _words(value)), "a label, or a list of labels"),
+    "device": (lambda value: value in DEVICES, f"one of {', '.join(DEVICES)}"),
+    "floor": (_is_floor, "a floor file, or a table of counts by backend"),
+    "minutes": (_count, "a number, 1 or more"),
+    "when": (lambda value: bool(value) and _words(value) and set(value) <= set(WHEN), f"a list of {', '.join(WHEN)}"),
+    "shards": (_count, "a number, 1 or more"),
+    "markers": (_text, "a string"),
+    "backends": (_words, "a list of strings"),
+    "options": (_words, "a list of strings"),
+    "python": (_text, "a string"),
+    "extras": (_words, "a list of strings"),
+    "packages": (_words, "a list of strings"),
+    "constraints": (_text, "a string"),
+    "environment": (lambda value: isinstance(value, dict) and all(map(_text, value.values())), "a table of strings"),
+    "compare": (_words, "a list of strings"),
+}  # fmt: skip
+
+
+def of(name: str, rows: dict[str, Row]) -> Row:
+    if name not in rows:
+        raise MatrixError(f"{name}: no such row; one of {', '.join(rows)}")
+    return rows[name]
+
+
+# -- shards and jobs --------------------------------------------------------------------------------------------------
+def shard_of(text: str) -> tuple[int, int]:
+    """ "2/4" -> (2, 4): the second of four."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise MatrixError(f"--shard {text}: I/N with I from 1 to N, such as 2/4")
+    return int(number), int(count)
+
+
+def takes_part(row: Row, when: str, runners: Iterable[str]) -> bool:
+    """Whether a row runs on this occasion, where self-hosted runners with these labels are registered."""
+    return when in row.when and row.own_labels <= set(runners)
+
+
+def jobs(rows: Iterable[Row]) -> dict[str, Any]:
+    """What GitHub's strategy.matrix takes: a job for every shard, and one for every row that compares."""
+    rows = list(rows)
+
+    def job(row: Row, **more: Any) -> dict[str, Any]:
+        return {"row": row.name, "runner": list(row.runner), "python": row.python, "minutes": row.minutes, **more}
+
+    shards = [
+        job(row, shard=f"{i}/{row.shards}", name=f"{row.name}-{i}of{row.shards}")
+        for row in rows
+        for i in range(1, row.shards + 1)
+    ]
+    return {"rows": {"include": shards}, "compare": {"include": [job(r) for r in rows if r.compare is not None]}}
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+def pytest_command(row: Row, shard: str, path: Path, more: Iterable[str] = ()) -> list[str]:
+    """What runs one shard and appends its verdicts to the results file `path`."""
+    device = row.device.removesuffix("-emulated")
+    command = pytest_words(device, path)
+    command += [f"--require-device={device}"] if device == row.device else []
+    command += ["-m", row.markers] if row.markers else []
+    command += [f"--backend={spec}" for spec in row.backends]
+    if shard_of(shard)[1] > 1:
+        command += [f"--shard={shard}", f"--durations-from={DURATIONS}"]
+    return [*command, *spread(row), *row.options, str(ROOT / "cases"), *more]
+
+
+def spread(row: Row) -> list[str]:
+    """On the CPU, a worker process for every core; on a GPU the plugin chooses; what is timed runs alone."""
+    alone = row.device in ("cuda", "xpu") or "perf" in row.markers
+    return [] if alone else workers()
+
+
+def variables(row: Row, shard: str) -> dict[str, str]:
+    """What the environment of a shard holds besides."""
+    return {**row.environment, ROW: row.name, SHARD: shard}
+
+
+def install_commands(row: Row, venv: str = ".venv") -> list[list[str]]:
+    """What makes the virtual environment of a row. Without a Python of its own, the machine's packages stay as they
+    are (a torch built for its GPU) and the rest is added. The packages under test come alone: many
+    would bring a torch of their own."""
+    system = [] if row.python else ["--system-site-packages"]
+    what = f".[{','.join(row.extras)}]" if row.extras else "."
+    constraints = ["-c", row.constraints] if row.constraints else []
+    pip = [f"{venv}/bin/python", "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-q"]
+    alone = [[*pip, "--no-deps", *row.packages]] if row.packages else []
+    return [[sys.executable, "-m", "venv", *system, venv], [*pip, "-e", what, *constraints], *alone]
+
+
+# -- the command line of this module ----------------------------------------------------------------------------------
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that need nothing installed."""
+    parser.add_argument("row", nargs="?", metavar="ROW", help="a row of matrix.toml")
+    parser.add_argument("--json", action="store_true", help="the jobs, as GitHub's strategy.matrix has them")
+    parser.add_argument("--when", choices=WHEN, help="with --json: only rows that run then")
+    parser.add_argument("--runners", metavar="LABELS", help="with --json: own labels of the self-hosted runners (all)")
+    parser.add_argument("--install", action="store_true", help="make a virtual environment with what ROW needs")
+    parser.add_argument("--venv", default=".venv", metavar="DIR", help="with --install: where (.venv)")
+
+
+def plain(args: argparse.Namespace) -> int:
+    """--json and --install."""
+    rows = read()
+    if args.install:
+        if not args.row:
+            raise MatrixError(f"--install: of which row? one of {', '.join(rows)}")
+        for command in install_commands(of(args.row, rows), args.venv):
+            print(f"moe-harness: {shlex.join(command)}", flush=True)
+            if code := subprocess.run(command, cwd=ROOT).returncode:
+                return code
+        return 0
+    chosen = []
+    for row in [of(args.row, rows)] if args.row else rows.values():
+        runners = row.own_labels if args.runners is None else args.runners.replace(",", " ").split()
+        if takes_part(row, args.when or row.when[0], runners):
+            chosen.append(row)
+        elif args.when in (None, *row.when):
+            labels = " ".join(sorted(row.own_labels))
+            print(f"moe-harness: {row.name} is left out: no runner with the labels {labels}", file=sys.stderr)
+    print(json.dumps(jobs(chosen)))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser("python3 -m harness.ci.matrix", description="What needs no installation.")
+    add_arguments(found)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        if not (args.json or args.install):
+            raise MatrixError("--json or --install; to list and run rows: python3 -m harness matrix")
+        return plain(args)
+    except MatrixError as error:
+        print(f"moe-harness: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""Mistakes about scales: those of fp8 weights, and those that activations are quantized with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from harness.diagnose.faults.layer import BIASES, GEMMS
+from harness.diagnose.faults.registry import suspect
+from harness.oracle.stages import Answer, Oracle
+from reference.formats import round_to
+from reference.quant import BLOCK, expand_scale, quantize_activation
+
+SCALES = {"both weights' scales": ("w13_scale", "w2_scale"), "w13_scale": ("w13_scale",), "w2_scale": ("w2_scale",)}
+
+
+# -- of the weights ---------------------------------------------------------------------------------------------------
+def _weights(what: str, change: Callable[[Tensor], Tensor | None], only: str = "") -> None:
+    """A suspect for the scale of each weight, and of both: changed, if the granularity is `only`."""
+
+    @suspect(f"{{which}} {what}", which=SCALES)
+    def _(o, which):
+        if o.layer.w13_scale is None or only not in ("", o.problem.quant.weight):
+            return None
+        changed = {name: change(getattr(o.layer, name)) for name in SCALES[which]}
+        return None if any(s is None for s in changed.values()) else o(layer=replace(o.layer, **changed))
+
+
+def _power_of_two(scale: Tensor, up: bool) -> Tensor:
+    """Every scale rounded to a power of two, as a format of exponents alone holds it."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.ones_like(scale), exponent - 1 + (mantissa > 0.5) * up)
+
+
+def _transposed(scale: Tensor) -> Tensor:
+    return scale.reshape(len(scale), scale.shape[2], scale.shape[1]).transpose(1, 2)
+
+
+def _half_apart(scale: Tensor) -> Tensor | None:
+    """The scale of expert e read where e / 2 begins."""
+    size = scale[0].numel()
+    if size < 2:
+        return None
+    places = torch.arange(len(scale))[:, None] * (size // 2) + torch.arange(size)
+    return scale.reshape(-1)[places].reshape(scale.shape)
+
+
+_weights("missing", torch.ones_like)
+_weights("of expert 0 for every expert", lambda s: s[:1].expand_as(s))
+_weights("of the next expert", lambda s: s.roll(-1, 0))
+_weights("of the expert before", lambda s: s.roll(1, 0))
+_weights("at half of an expert's stride", _half_apart)
+_weights("applied twice", lambda s: s**2)
+_weights("inverted", lambda s: 1 / s)
+_weights("rounded up to a power of two", lambda s: _power_of_two(s, up=True))
+_weights("rounded down to a power of two", lambda s: _power_of_two(s, up=False))
+_weights("rounded to bf16", lambda s: s.bfloat16().float())
+_weights("of the first row for all rows", lambda s: s[:, :1].expand_as(s), "channel")
+_weights("of the next row", lambda s: s.roll(-1, 1), "channel")
+_weights("of the row before", lambda s: s.roll(1, 1), "channel")
+_weights("blocks read as if transposed", _transposed, "block")
+_weights("one for all blocks: the first", lambda s: s[:, :1, :1].expand_as(s), "block")
+_weights("of the first block of K for all of K", lambda s: s[:, :, :1].expand_as(s), "block")
+_weights("of the last block of K for all of K", lambda s: s[:, :, -1:].expand_as(s), "block")
+_weights("of the next block of K", lambda s: s.roll(-1, 2), "block")
+_weights("of the block of K before", lambda s: s.roll(1, 2), "block")
+_weights("of the first block of N for all of N", lambda s: s[:, :1].expand_as(s), "block")
+_weights("of every second block of K for the next as well", lambda s: _doubled(s, 2), "block")
+_weights("of the next block of N", lambda s: s.roll(-1, 1), "block")
+_weights("of the block of N before", lambda s: s.roll(1, 1), "block")
+
+
+def _doubled(scale: Tensor, dim: int) -> Tensor:
+    return scale.index_select(dim, torch.arange(scale.shape[dim]) // 2 * 2)
+
+
+@suspect("w13_scale of the gate for up as well")
+def _(o):
+    return _of_halves(o, lambda gate, up: (gate, gate))
+
+
+@suspect("w13_scale of up for the gate as well")
+def _(o):
+    return _of_halves(o, lambda gate, up: (up, up))
+
+
+@suspect("w13_scale of gate and up swapped")
+def _(o):
+    return _of_halves(o, lambda gate, up: (up, gate))
+
+
+def _of_halves(o: Oracle, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Answer | None:
+    """The scales of packed gate and up rows, where those are whole blocks."""
+    scale, quant = o.layer.w13_scale, o.problem.quant
+    if scale is None or quant is None or quant.weight == "tensor" or o.problem.activation in ("swigluoai", "relu2"):
+        return None
+    if quant.weight == "block" and o.problem.intermediate_size % BLOCK:
+        return None
+    return o(layer=replace(o.layer, w13_scale=torch.cat(change(*scale.chunk(2, 1)), 1)))
+
+
+@suspect("w13_scale and w2_scale swapped")
+def _(o):
+    a, b = o.layer.w13_scale, o.layer.w2_scale
+    return o(layer=replace(o.layer, w13_scale=b, w2_scale=a)) if a is not None and a.shape == b.shape else None
+
+
+@suspect("{which} added before the scales", which=BIASES)
+def _(o, which):
+    """Where scales wait for the whole sum: the bias is multiplied by all of them."""
+    if o.experts.w13_bias is None or o.layer.w13_scale is None:
+        return None
+    answer = o.right
+    if which != "w2_bias":
+        more = _scaled_bias(o, "w13", o.s.expert, o.s.x_scale[o.s.row] if o.quantized else None)
+        answer = o.resume(h=o.s.h + more)
+    if which != "w13_bias":
+        more = _scaled_bias(o, "w2", o.s.expert, o.s.a_scale)
+        s = answer.stages
+        answer = o.resume(h=s.h, a=s.a, a_ratio=s.a_ratio, a_scale=s.a_scale, operand=s.operand, y=s.y + more)
+    return answer
+
+
+def _scaled_bias(o: Oracle, name: str, expert: Tensor, rows: Tensor | None) -> Tensor:
+    """[P, N] bias times scales, less the bias; rows [P, K]: the scale of what is multiplied."""
+    bias, scale = getattr(o.experts, f"{name}_bias"), getattr(o.layer, f"{name}_scale")
+    factor = torch.ones_like(bias)
+    if scale.dim() < 3:  # of an expert or a row: those of blocks cannot wait
+        factor = factor * scale.reshape(len(scale), -1)
+    taken = rows[:, :1] if rows is not None and o.experts.activation_quant != "group" else 1.0
+    return bias[expert] * (factor[expert] * taken - 1)
+
+
+# -- of the activations -----------------------------------------------------------------------------------------------
+@suspect("activations not quantized")
+def _(o):
+    return _quantizing(o, False) if o.quantized else None
+
+
+@suspect("activations quantized though they should not be")
+def _(o):
+    if not o.experts.activation_quant or o.quantized:
+        return None
+    return _quantizing(o, True)
+
+
+@suspect("activations not quantized in {gemm}", gemm=("GEMM 1", "GEMM 2"))
+def _(o, gemm):
+    return _operand(o, gemm, lambda rows, first: rows)
+
+
+@suspect("activation scale missing in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _rescaled(o, gemm, lambda codes, scale: codes)
+
+
+@suspect("activation scale inverted in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _rescaled(o, gemm, lambda codes, scale: codes / scale)
+
+
+@suspect("activation scale applied twice in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _rescaled(o, gemm, lambda codes, scale: codes * scale**2)
+
+
+@suspect("activation scale of row 0 for every row in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _rescaled(o, gemm, lambda codes, scale: codes * scale[:1])
+
+
+@suspect("activation scale of the next row in {gemm}", gemm=GEMMS, step=(-1,))
+@suspect("activation scale of the row before in {gemm}", gemm=GEMMS, step=(1,))
+def _(o, gemm, step):
+    return _rescaled(o, gemm, lambda codes, scale: codes * scale.roll(step, 0))
+
+
+@suspect("activation scale of the first group for all groups in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _rescaled(o, gemm, lambda codes, scale: codes * scale[:, :1])
+
+
+@suspect("activation scale of the next group in {gemm}", gemm=GEMMS, step=(-1,))
+@suspect("activation scale of the group before in {gemm}", gemm=GEMMS, step=(1,))
+def _(o, gemm, step):
+    def moved(codes: Tensor, scale: Tensor) -> Tensor:
+        return codes * expand_scale(scale[:, ::BLOCK].roll(step, 1), "group", codes.shape)
+
+    return _rescaled(o, gemm, moved) if o.experts.activation_quant == "group" else None
+
+
+@suspect("one scale for two groups of K, of activations and of weights, in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    if o.experts.activation_quant != "group" or not o.quantized:
+        return None
+    other = o.layer
+    if o.problem.quant.weight == "block":
+        names = [f"{name}_scale" for name in GEMMS[gemm]]
+        other = replace(other, **{name: _doubled(getattr(other, name), 2) for name in names})
+
+    def shared(codes: Tensor, scale: Tensor) -> Tensor:
+        return codes * expand_scale(_doubled(scale[:, ::BLOCK], 1), "group", codes.shape)
+
+    return _rescaled(o.of(other), gemm, shared)
+
+
+@suspect("activation scale rounded up to a power of two in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _requantized(o, gemm, lambda rows, scale: _power_of_two(scale, up=True))
+
+
+@suspect("activation scale rounded up to a power of two, the codes not, in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _rescaled(o, gemm, lambda codes, scale: codes * _power_of_two(scale, up=True))
+
+
+@suspect("activation scale stored in bf16 in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _rescaled(o, gemm, lambda codes, scale: codes * round_to(scale, "bf16"))
+
+
+@suspect("activation codes cut off at 240 in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _rescaled(o, gemm, lambda codes, scale: codes.clamp(-240, 240) * scale)
+
+
+@suspect("the batch's activation scale from the rows that are served here only")
+def _(o):
+    if o.experts.activation_quant != "tensor" or o.experts.a13_scale is not None or not len(o.s.row):
+        return None
+
+    def of_these(rows: Tensor, scale: Tensor) -> Tensor:
+        return quantize_activation(rows[o.s.row], "tensor")[1][:1, :1].expand_as(scale)
+
+    return _requantized(o, "GEMM 1", of_these)
+
+
+@suspect("activation scale made for a largest code of 240 in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    return _requantized(o, gemm, lambda rows, scale: scale * 448 / 240)
+
+
+@suspect("activations quantized per {other} in {gemm}", other=("tensor", "token", "group"), gemm=GEMMS)
+def _(o, other, gemm):
+    return _requantized(o, gemm, lambda rows, scale: quantize_activation(rows, other)[1])
+
+
+@suspect("static activation scale of the other GEMM in {gemm}", gemm=GEMMS)
+def _(o, gemm):
+    pair = (o.experts.a2_scale, o.experts.a13_scale)
+    if None in pair:
+        return None
+    return _requantized(o, gemm, lambda rows, scale: torch.full_like(scale, sum(pair)) - scale)
+
+
+def _quantizing(o: Oracle, whether: bool) -> Answer:
+    return o(rounding=replace(o.rounding, plan=replace(o.rounding.plan, quantizes_activations=whether)))
+
+
+def _operand(o: Oracle, gemm: str, change: Callable[[Tensor, bool], Tensor]) -> Answer | None:
+    """A GEMM gets change(the rows before they were quantized, whether they are GEMM 1's)."""
+    if not o.quantized:
+        return None
+    answer = o.resume(x=change(o.rows(), True)) if "w13" in GEMMS[gemm] else o.right
+    if "w2" in GEMMS[gemm]:
+        s = answer.stages
+        answer = o.resume(x=s.x, h=s.h, a=s.a, a_ratio=s.a_ratio, a_scale=s.a_scale, operand=change(s.a, False))
+    return answer
+
+
+def _rescaled(o: Oracle, gemm: str, change: Callable[[Tensor, Tensor], Tensor]) -> Answer | None:
+    """The right codes, as change(codes, scale), both [rows, columns], dequantizes them."""
+
+    def again(rows: Tensor, first: bool) -> Tensor:
+        static = o.experts.a13_scale if first else o.experts.a2_scale
+        return change(*quantize_activation(rows, o.experts.activation_quant, static))
+
+    return _operand(o, gemm, again)
+
+
+def _requantized(o: Oracle, gemm: str, scale: Callable[[Tensor, Tensor], Tensor]) -> Answer | None:
+    """Quantized and dequantized with another scale: scale(rows, right scale), both [rows, columns]."""
+
+    def again(rows: Tensor, first: bool) -> Tensor:
+        static = o.experts.a13_scale if first else o.experts.a2_scale
+        other = scale(rows, quantize_activation(rows, o.experts.activation_quant, static)[1])
+        return round_to(rows / other, "e4m3") * other
+
+    return _operand(o, gemm, again)

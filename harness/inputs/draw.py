@@ -1,0 +1,259 @@
+"""The tensors of a Case: hidden_states, router weights and ids, and the layer. Deterministic in the descriptor.
+
+Every tensor is drawn on `device` from a seeded generator of its own, expert by expert, so that whole-size layers fit.
+Every tensor lies between fences (trace/fence.py): a kernel that reads beyond one computes NaN.
+fp8 weights are drawn as codes and scales: no quantizer takes part, and every granule has a scale of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.backend import Layer
+from harness.inputs import exact_fill
+from harness.problem.case import BLOCK, Case, Problem
+from harness.trace import fence
+
+TORCH_DTYPE = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
+    "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2,
+}  # fmt: skip
+CPU = torch.device("cpu")
+SIGMA = 1.5  #: standard deviation of GEMM 1's output under the random fill: where silu, gelu and their swap differ
+CODE_SIGMA = 48.0  #: spread of random fp8 codes: all of the format's normal range is used
+
+
+@dataclass
+class Inputs:
+    """One call's tensors. `layer` is in layout "nk"; `handed` is the same layer as the backend gets it."""
+
+    case: Case
+    hidden_states: Tensor  #: [T, K]
+    topk_weights: Tensor  #: [T, k] float32
+    topk_ids: Tensor  #: [T, k] int32 or int64
+    layer: Layer
+    handed: Layer
+    variant: str = ""  #: set by whoever changes a tensor: the expected result is remembered by case and variant
+
+    def arguments(self) -> dict[str, Tensor]:
+        """What the call is given besides the layer, by name, in order."""
+        return {name: getattr(self, name) for name in ("hidden_states", "topk_weights", "topk_ids")}
+
+    def given(self, arguments: dict[str, Tensor], **changes: Any) -> Inputs:
+        """The same with other arguments for the call."""
+        return replace(self, **{**arguments, **changes})
+
+
+def draw(case: Case, device: torch.device = CPU) -> Inputs:
+    """The Case's tensors. Layers are shared between calls: a scenario that writes to one must clone it first."""
+    problem = case.problem
+    layer, handed = _layers(problem.weights_key(), case.fill, case.seed, str(device))
+    rng = generator(case, "call", device)
+    topk_ids = _topk_ids(problem, rng).to(torch.int64 if problem.ids == 64 else torch.int32).contiguous()
+    if case.fill == "exact":
+        x = exact_fill.hidden_states(problem, exact_fill.structure(problem, case.seed, device), rng)
+        topk_weights = exact_fill.router_weights(problem, rng, device)
+    else:
+        x = torch.randn(problem.tokens, problem.hidden_size, generator=rng, device=device)
+        topk_weights = torch.rand(problem.tokens, problem.top_k, generator=rng, device=device) * 0.75 + 0.25
+        if case.fill == "extreme":
+            x = _extreme_rows(problem, x)
+    x = x.to(TORCH_DTYPE[problem.dtype])
+    if problem.padded:
+        # Rows further apart than they are long, the gap full of NaN: what an engine's sliced buffers look like.
+        room = torch.full((problem.tokens, problem.hidden_size + 64), math.nan, dtype=x.dtype, device=device)
+        room[:, : problem.hidden_size] = x
+        x = room[:, : problem.hidden_size]
+    return Inputs(
+        case, fence.keep(x), fence.keep(topk_weights), fence.keep(topk_ids), replace(layer, problem=problem),
+        replace(handed, problem=problem),
+    )  # fmt: skip
+
+
+def forget() -> None:
+    """Draw the next layer anew, whatever was drawn before."""
+    _layers.cache_clear()
+
+
+def generator(case: Case, purpose: str, device: torch.device = CPU) -> torch.Generator:
+    seed = zlib.crc32(f"{replace(case, scenario='once')}/{purpose}".encode())
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def _extreme_rows(problem: Problem, x: Tensor) -> Tensor:
+    """Rows at the edges of the format, in turn: as drawn, NaN in the first column (which whoever reads past the end of
+    the row before meets), large, zero, tiny, one outlier, a common sign, NaN in the last column."""
+    kind = torch.arange(len(x), device=x.device) % 9
+    tiny = 2.0**-9 if problem.dtype == "fp16" else 2.0**-20
+    x[kind == 2] *= 12
+    x[kind == 3] = 0
+    x[kind == 4] *= tiny
+    x[kind == 5, problem.hidden_size // 2] = 96
+    x[kind == 6] += 2
+    if problem.dtype != "fp16" and not (problem.quant and problem.quant.activation == "tensor"):
+        x[kind == 8] *= 2.0**24  # infinite for whoever has float16 on the way
+    # One NaN would make a dynamic scale over all rows NaN: what then happens to the others is nobody's contract.
+    if not (problem.quant and problem.quant.activation == "tensor"):
+        x[kind == 1, 0] = math.nan
+        x[kind == 7, problem.hidden_size - 1] = math.nan
+    return x
+
+
+def _topk_ids(problem: Problem, rng: torch.Generator) -> Tensor:
+    tokens, experts, k = problem.tokens, problem.num_experts, problem.top_k
+    device = rng.device
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=rng, device=device)
+
+    scores = rand(tokens, experts)
+    mine = expert_map(problem, device)
+    if problem.routing == "balanced":
+        return torch.arange(tokens * k, device=device).reshape(tokens, k) % experts
+    if problem.routing == "skewed":
+        scores = scores.log() * torch.arange(1, experts + 1, device=device)  # P(expert j first) ~ 1/j
+    if problem.routing == "one":
+        scores = scores[:1].expand(tokens, -1).clone() if tokens else scores
+        if mine is not None and tokens:
+            scores += (mine >= 0).float()
+    if problem.routing == "half" and experts >= 2 * k:
+        scores[:, : experts // 2] = -1
+    if problem.routing == "remote" and mine is not None:
+        scores[:, mine >= 0] = -1
+    ids = scores.argsort(1, descending=True)[:, :k]
+    if problem.routing == "duplicate":
+        ids[::2] = ids[::2, :1]
+    if problem.routing == "invalid":
+        ids[rand(tokens, k) < 0.3] = -1
+        ids[1::5] = -1
+    if problem.routing == "beyond":  # what a stale or uninitialised entry holds
+        last = 2**32 + 1 if problem.ids == 64 else -(2**31)  # the lower half of the first names an expert
+        strange = torch.tensor([experts, -1, experts + 7, 2**31 - 1, last], device=device)
+        hit = rand(tokens, k) < 0.4
+        ids[hit] = strange[torch.arange(int(hit.sum()), device=device) % len(strange)]
+    if problem.routing == "nobody":
+        ids[:] = -1
+    return ids
+
+
+def expert_map(problem: Problem, device: torch.device) -> Tensor | None:
+    """int32 [num_experts]: local expert, or -1 for experts of other ranks."""
+    if problem.ep is None:
+        return None
+    ids, local = torch.arange(problem.num_experts, device=device), problem.local_experts
+    rank, place = (ids % problem.ep.size, ids // problem.ep.size) if problem.ep.strided else (ids // local, ids % local)
+    return torch.where(rank == problem.ep.rank, place, -1).int()
+
+
+@lru_cache(maxsize=2)
+def _layers(problem: Problem, fill: str, seed: int, device_name: str) -> tuple[Layer, Layer]:
+    device = torch.device(device_name)
+    rng = generator(Case(problem, fill, seed), "layer", device)
+    layer = _layer(problem, fill, seed, rng)
+    return layer, in_layout(layer, problem.layout)
+
+
+def _layer(problem: Problem, fill: str, seed: int, rng: torch.Generator) -> Layer:
+    device, quant, io = rng.device, problem.quant, TORCH_DTYPE[problem.dtype]
+    experts = problem.local_experts + problem.shared_experts
+    shapes = {
+        "w13": (problem.w13_rows, problem.hidden_size),
+        "w2": (problem.hidden_size, problem.intermediate_size),
+    }
+    stored = TORCH_DTYPE[quant.weight_format] if quant else io
+    weights = {name: fence.empty(experts, *shape, dtype=stored, device=device) for name, shape in shapes.items()}
+    scales = {n: fence.keep(_scales(problem, fill, experts, s, rng)) for n, s in shapes.items()} if quant else {}
+    biases = {name: fence.empty(experts, s[0], dtype=io, device=device).zero_() for name, s in shapes.items()}
+    s = exact_fill.structure(problem, seed, device) if fill == "exact" else None
+    for e in range(experts):
+        if s is not None:
+            values = dict(zip(shapes, exact_fill.expert_weights(problem, s, rng)))
+            if problem.bias:
+                bias = exact_fill.expert_biases(problem, rng, device)
+                biases["w13"][e] = torch.where(_forced(problem, values["w13"], s), 0, bias[0]).to(io)
+                biases["w2"][e] = bias[1].to(io)
+            for name, value in values.items():
+                scale = _expand(scales[name][e], quant.weight, value.shape) if quant else 1.0
+                weights[name][e] = (value / scale).to(stored)
+        else:
+            for name, shape in shapes.items():
+                value = torch.randn(shape, generator=rng, device=device)
+                spread = CODE_SIGMA if quant else (SIGMA if name == "w13" else 1.0) / math.sqrt(shape[1])
+                value = value * spread
+                if fill == "extreme" and name == "w2":
+                    _extreme_outputs(value, spread, stored)
+                weights[name][e] = (value.clamp(-448, 448) if quant else value).to(stored)
+                biases[name][e] = (torch.randn(shape[0], generator=rng, device=device) * 0.5).to(io)
+    static = {}
+    if quant and quant.activation == "tensor_static":
+        # Random: 0.7 of what is needed, so that some values saturate.
+        pair = exact_fill.static_scales(problem) if fill == "exact" else (0.7 * 4.5 / 448, 0.7 * 9 / 448)
+        static = {f"{n}_scale": fence.keep(torch.tensor([v], device=device)) for n, v in zip(("a13", "a2"), pair)}
+    places = expert_map(problem, device)
+    return Layer(
+        problem, weights["w13"], weights["w2"], scales.get("w13"), scales.get("w2"),
+        biases["w13"] if problem.bias else None, biases["w2"] if problem.bias else None,
+        **static, expert_map=places if places is None else fence.keep(places),
+    )  # fmt: skip
+
+
+def _extreme_outputs(w2: Tensor, spread: float, stored: torch.dtype) -> None:
+    """Outputs whose weights lie at the edges of a narrow format: every fifth among the subnormal numbers, and, in fp8,
+    every fifth at the largest. Subnormal numbers of bf16 and fp32 are so small that devices may flush them."""
+    if stored in (torch.bfloat16, torch.float32):
+        return
+    w2[1::5] *= 0.4 * torch.finfo(stored).tiny / spread
+    if stored.itemsize == 1:
+        w2[2::5] = 448 * w2[2::5].sign()
+
+
+def _forced(problem: Problem, w13: Tensor, s: exact_fill.Structure) -> Tensor:
+    forced = exact_fill.forced_rows(w13, s)
+    return forced if s.amax else torch.zeros_like(forced)
+
+
+def _scales(problem: Problem, fill: str, experts: int, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
+    granules = {
+        "tensor": (),
+        "channel": shape[:1],
+        "block": tuple(math.ceil(n / BLOCK) for n in shape),
+    }[problem.quant.weight if problem.quant else "tensor"]
+    if fill == "exact":
+        return 2.0 ** (torch.randint(3, (experts, *granules), generator=rng, device=rng.device) - 1.0)
+    spread = (SIGMA if shape[1] == problem.hidden_size else 1.0) / math.sqrt(shape[1]) / CODE_SIGMA
+    scales = spread * (0.5 + torch.rand(experts, *granules, generator=rng, device=rng.device))
+    if fill == "extreme":
+        # Experts, rows and blocks that nobody trained: checkpoints have scales of 0 for them, or of 1e-23.
+        scales.view(-1)[3::7] = 0.0
+        scales.view(-1)[5::7] *= 2.0**-70
+    return scales
+
+
+def _expand(scale: Tensor, granularity: str, shape: torch.Size) -> Tensor:
+    if granularity == "tensor":
+        return scale
+    if granularity == "channel":
+        return scale[:, None]
+    return scale.repeat_interleave(BLOCK, 0)[: shape[0]].repeat_interleave(BLOCK, 1)[:, : shape[1]]
+
+
+def in_layout(layer: Layer, layout: str) -> Layer:
+    """The layer as a backend of this layout gets it: "kn" transposes weights and block scales into new memory."""
+    if layout == "nk":
+        return replace(layer)
+
+    def flip(t):
+        if t is None or t.dim() != 3:
+            return t
+        return fence.empty(*t.transpose(-1, -2).shape, dtype=t.dtype, device=t.device).copy_(t.transpose(-1, -2))
+
+    return replace(
+        layer, w13=flip(layer.w13), w2=flip(layer.w2), w13_scale=flip(layer.w13_scale), w2_scale=flip(layer.w2_scale)
+    )  # fmt: skip

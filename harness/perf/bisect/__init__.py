@@ -1,0 +1,1 @@
+"""Since which commit? The search, what it measures, its log and its report."""

@@ -1,0 +1,1 @@
+"""Is HEAD slower than BASE? Paired measurements, their statistics, their table."""

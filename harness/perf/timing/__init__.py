@@ -1,0 +1,1 @@
+"""Clocks, the roofline, compile time, and pytest-benchmark."""

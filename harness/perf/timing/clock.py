@@ -1,0 +1,201 @@
+"""Time: what one call of a prepared backend takes on the device and on the host, compilation apart.
+
+    case -> inputs, rotated -> first calls -> graph of [flush L2, start, call, stop] for each input -> samples
+
+Device time is read from events inside a captured graph, so that no gap between two launches is counted; where a call
+cannot be captured, from events around it, with enough work queued before it that the device never waits for the host.
+The inputs rotate (other rows, other experts), and what is in the L2 cache is somebody else's: the weights of a layer
+are cold when a model calls it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.device import Device
+from harness.inputs.draw import Inputs
+from harness.perf.count.compiled import configuration
+from harness.problem.case import Case
+from harness.session.session import Session
+from harness.trace.bits import same_bits
+from harness.trace.launches import Launch, watching
+
+ROTATED = 4  #: input sets that take turns
+WARM = 0.2  #: seconds of calls before the first sample: clocks rise, caches of the allocator fill
+HOST_CALLS = 20  #: calls of one sample of host time
+CPU_SECONDS = 0.02  #: a CPU sample repeats the calls for at least this long
+
+
+class NotTimed(Exception):
+    """No time can be given for this case, backend and device; the message is "<keyword>: reason"."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One set of call arguments."""
+
+    hidden_states: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+
+
+def rotations(given: Inputs, count: int = ROTATED) -> list[Rotation]:
+    """`count` sets of arguments for one layer: rows rolled, and expert ids shifted where every expert is alike.
+
+    Under an expert_map, or a routing made for certain experts, shifted ids would be another question: they stay.
+    """
+    problem = given.case.problem
+    alike = problem.ep is None and problem.routing in ("uniform", "balanced", "skewed")
+    found = []
+    for turn in range(count):
+        ids, shift = given.topk_ids, turn * problem.num_experts // count
+        if alike:
+            ids = (ids + shift) % problem.num_experts
+        x = given.hidden_states
+        if turn:  # a padded batch keeps its strides
+            x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x.roll(turn, 0))
+        found.append(Rotation(x, given.topk_weights, ids))
+    return found
+
+
+class Clock:
+    """Times calls that take turns. `deterministic`: a replayed graph of them must give the bits of the call itself.
+
+    Whatever a call raises comes through.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], Tensor]], device: Device, deterministic: bool = True) -> None:
+        self.device, self._calls = device, calls
+        outputs = [one() for one in self._calls]
+        device.synchronize()
+        self._warm_up()
+        self.method = "wall clock"
+        self._read: Callable[[], list[float]] = self._wall
+        if not device.on_cpu:
+            self._use_events(outputs, deterministic)
+
+    def sample(self, metric: str, count: int) -> list[float]:
+        """`count` samples of "device_us" or "host_us", in microseconds a call.
+
+        device_us: the mean over the rotated inputs; on the CPU the median wall time of the call.
+        host_us: the median time until the call returns, with nothing queued on the device.
+        """
+        if metric == "device_us":
+            # Of a CPU the median: what other processes take from it comes in bursts.
+            middle = median if self.device.on_cpu else fmean
+            return [middle(self._read()) for _ in range(count)]
+        if metric != "host_us":
+            raise ValueError(f"metric={metric}: one of device_us, host_us")
+        if self.device.on_cpu:
+            raise NotTimed("device: on a CPU a call returns when its work is done: device_us says it all")
+        return [self._host() for _ in range(count)]
+
+    def configurations(self) -> list[str]:
+        """What each Triton kernel that one call launches was compiled for, each once: tiles, warps, stages, types."""
+        seen: list[Launch] = []
+        with watching(seen.append):
+            self._calls[0]()
+        self.device.synchronize()
+        return list(dict.fromkeys(configuration(launch.spec()) for launch in seen))
+
+    # -- one sample ---------------------------------------------------------------------------------------------------
+    def _wall(self) -> list[float]:
+        found: list[float] = []
+        started = time.perf_counter()
+        while not found or time.perf_counter() - started < CPU_SECONDS:
+            for call in self._calls:
+                begun = time.perf_counter()
+                call()
+                found.append((time.perf_counter() - begun) * 1e6)
+        return found
+
+    def _host(self) -> float:
+        found = []
+        for n in range(HOST_CALLS):
+            self.device.synchronize()
+            begun = time.perf_counter()
+            self._calls[n % len(self._calls)]()
+            found.append((time.perf_counter() - begun) * 1e6)
+        self.device.synchronize()
+        return median(found)
+
+    def _use_events(self, outputs: list[Tensor], deterministic: bool) -> None:
+        # Read, not written: lines that were written would have to go back to memory during the timed call.
+        flushed = torch.ones(max(2 * self.device.l2_bytes(), 2**20) // 4, dtype=torch.int32, device=self.device.torch)
+        total = torch.empty((), dtype=torch.int64, device=self.device.torch)
+
+        def flush() -> None:
+            torch.sum(flushed, 0, dtype=torch.int64, out=total)
+
+        flush()
+        replay = self.device.graph_of(flush, self._calls)
+        if replay is None:
+            self.method = "events"
+            self._read = self._spaced(flush)
+            return
+        self.method = "graph"
+        self._read = replay.microseconds
+        self._read()
+        if deterministic:
+            for expected, out in zip(outputs, replay.outputs, strict=True):
+                if not same_bits(expected, out):
+                    raise NotTimed("scenario: a replayed graph gives other bits than the call it was captured from")
+
+    def _spaced(self, flush: Callable[[], None]) -> Callable[[], list[float]]:
+        """Events around each call; before it, so much flushing that the host has queued the call when it ends."""
+        start, stop = self.device.event(), self.device.event()
+        start.record()
+        flush()
+        stop.record()
+        self.device.synchronize()
+        ahead = 1 + int(2 * self._host() / max(start.elapsed_time(stop) * 1e3, 1.0))
+        pairs = [(self.device.event(), self.device.event()) for _ in self._calls]
+
+        def read() -> list[float]:
+            for (begin, end), call in zip(pairs, self._calls):
+                for _ in range(ahead):
+                    flush()
+                begin.record()
+                call()
+                end.record()
+                self.device.synchronize()
+            return [begin.elapsed_time(end) * 1e3 for begin, end in pairs]
+
+        return read
+
+    def _warm_up(self) -> None:
+        started = time.perf_counter()
+        while time.perf_counter() - started < WARM:
+            for call in self._calls:
+                call()
+            self.device.synchronize()
+
+
+class Stopwatch(Clock):
+    """A prepared backend that is ready to be timed. The caller has seen it pass the same case.
+
+    NotTimed if a time would say nothing: interpreted kernels, scenarios of several calls, no tokens.
+    """
+
+    def __init__(self, case: Case, backend: Any, device: Device) -> None:
+        if getattr(backend, "interpreted", False) and device.interprets_triton:
+            raise NotTimed(f"device: {backend.name} is interpreted on {device}; its time would be the interpreter's")
+        if case.scenario != "once":
+            raise NotTimed(f"scenario: {case.scenario} is several calls; one is timed")
+        if not case.problem.tokens:
+            raise NotTimed("shape: no tokens, nothing to time")
+        session = Session(case, backend, device)
+        given = session.draw()
+        self.sets = rotations(given)
+        self.expert_map = given.layer.expert_map
+        call = session.prepare(given.case.problem, given.handed)
+        calls = [partial(call, s.hidden_states, s.topk_weights, s.topk_ids) for s in self.sets]
+        super().__init__(calls, device, getattr(backend, "deterministic", True) is True)

@@ -1,0 +1,123 @@
+"""How fast a call could be: the bytes it must move, the operations it must do, and what this device was measured to do.
+
+    floor = max(bytes / copy bandwidth, flops / matrix rate)
+
+No version runs much faster than that; the measured time over the floor is what is left to gain (S. Williams et al.,
+"Roofline", CACM 52(4), 2009).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from harness.device import Device
+from harness.inputs.draw import TORCH_DTYPE
+from harness.problem.case import BLOCK, Problem
+from reference.moe import local_experts
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call cannot do without."""
+
+    bytes: int  #: weights and scales of the experts that are met, hidden_states, router weights, ids, and the output
+    flops: int  #: two operations for each product of both GEMMs, for the pairs that have an expert here
+
+
+def work(problem: Problem, topk_ids: Tensor, expert_map: Tensor | None = None) -> Work:
+    """The work of one call with these ids [T, k]. Intermediate results could stay on the chip: they do not count."""
+    local = local_experts(topk_ids, problem.num_experts, expert_map)
+    met = local[local >= 0]
+    pairs, experts = int(met.numel()), int(met.unique().numel())
+    k, i, rows = problem.hidden_size, problem.intermediate_size, problem.w13_rows
+    weights = rows * k + k * i
+    io = TORCH_DTYPE[problem.dtype].itemsize
+    an_expert = weights * (1 if problem.quant else io)
+    if problem.quant:
+        scales = {"tensor": 2, "channel": rows + k, "block": (-(-rows // BLOCK) + -(-i // BLOCK)) * -(-k // BLOCK)}
+        an_expert += 4 * scales[problem.quant.weight]
+    if problem.bias:
+        an_expert += (rows + k) * io
+    shared = problem.shared_experts
+    moved = 2 * problem.tokens * k * io + topk_ids.numel() * (4 + topk_ids.element_size())
+    return Work((experts + shared) * an_expert + moved, 2 * (pairs + shared * problem.tokens) * weights)
+
+
+def mean(found: list[Work]) -> Work:
+    """The work of calls that take turns."""
+    return Work(sum(w.bytes for w in found) // len(found), sum(w.flops for w in found) // len(found))
+
+
+def operand(problem: Problem) -> str:
+    """The format in which the matrix units meet both operands, a key of `Ceilings.flops_per_s`."""
+    return "fp8" if problem.quant and problem.quant.activation else problem.dtype
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device did in this process."""
+
+    copy_bytes_per_s: float  #: a large copy on the device, bytes read plus bytes written
+    flops_per_s: dict[str, float]  #: a large matrix product on random data, by operand format
+
+    def floor_us(self, problem: Problem, needed: Work) -> float:
+        """No call is much faster, in microseconds."""
+        rate = self.flops_per_s.get(operand(problem), float("inf"))
+        return 1e6 * max(needed.bytes / self.copy_bytes_per_s, needed.flops / rate)
+
+
+def ceilings(device: Device, *operands: str) -> Ceilings:
+    """Measured once a process each: a copy of 4 GiB (CPU: 256 MiB), and products of 8192 (CPU: 1024) squared."""
+    rates = {name: rate for name in operands if (rate := _matrix_rate(device, name)) is not None}
+    return Ceilings(_copy_rate(device), rates)
+
+
+@lru_cache
+def _copy_rate(device: Device) -> float:
+    source = torch.ones(2**28 if device.on_cpu else 2**32, dtype=torch.uint8, device=device.torch)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _seconds(device, lambda: target.copy_(source))
+
+
+@lru_cache
+def _matrix_rate(device: Device, name: str) -> float | None:
+    n = 1024 if device.on_cpu else 8192
+    product = _product(name, n, device.torch)
+    return None if product is None else 2 * n**3 / _seconds(device, product)
+
+
+def _product(name: str, n: int, device: torch.device) -> Callable[[], Tensor] | None:
+    a, b = (torch.randn(n, n, device=device) for _ in range(2))
+    if name != "fp8":
+        a, b = a.to(TORCH_DTYPE[name]), b.to(TORCH_DTYPE[name])
+        return lambda: a @ b
+    one = torch.ones((), device=device)
+    a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+
+    def product() -> Tensor:
+        return torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    try:
+        product()
+    except (RuntimeError, ValueError):
+        return None  # this device has no fp8 matrix units: there is no such ceiling
+    return product
+
+
+def _seconds(device: Device, task: Callable[[], object], budget: float = 1.0) -> float:
+    """The best of 13 runs, or of as many as fit into the budget: a ceiling is what the device can do."""
+    found: list[float] = []
+    begun = time.perf_counter()
+    while len(found) < 13 and (len(found) < 2 or time.perf_counter() - begun < budget):
+        device.synchronize()
+        started = time.perf_counter()
+        task()
+        device.synchronize()
+        found.append(time.perf_counter() - started)
+    return min(found)

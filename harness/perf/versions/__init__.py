@@ -1,0 +1,1 @@
+"""Other commits: their worktrees, and the process that answers for each."""

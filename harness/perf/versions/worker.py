@@ -1,0 +1,224 @@
+"""The process that answers for one checkout: `python -m harness.perf.versions.worker --device NAME --worktree DIR`.
+
+A request is a JSON line on stdin, an answer one on stdout. {"ask": ...}, and
+
+    hello      -> {"environment": ..., "driver": ..., "path": ...}
+    verdict    case, backend -> the verdict's record
+    structure  case, backend, targets -> the record of harness.perf.count.structure.Structure
+    time       case, backend, metric, samples -> {"samples": microseconds, "method"}
+
+or {"error": kind, "message": text}, kinds as in checkout.WorkerError. It ends with its input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import sys
+import traceback
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from harness import backend as backends
+from harness import device as devices
+from harness.backend import BackendError
+from harness.device import Device, DeviceLost, ready
+from harness.perf.versions.checkout import FROZEN, WorkerError
+from harness.problem.case import Case
+from harness.results.verdict import Verdict
+
+STOPWATCHES = 4  #: prepared layers that are kept
+KEPT_BYTES = 8 * 2**30  #: and as many bytes of weights: several workers share a device
+
+
+def main() -> None:
+    answers, requests = _channels()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--worktree", type=Path, required=True)
+    args = parser.parse_args()
+    desk = Desk(ready(args.device), args.worktree)
+    for line in requests:
+        answers.write(json.dumps(desk.answer(json.loads(line)), default=str) + "\n")
+        answers.flush()
+        if desk.lost:
+            break
+    sys.stderr.flush()
+    os._exit(0)  # Python takes seconds to tear torch down in order, and nobody waits for what would come of it
+
+
+def _channels() -> tuple[IO[str], IO[str]]:
+    """Our own ends of the pipes. What kernels print goes to stderr; what they would read is empty."""
+    answers, requests = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
+    os.dup2(2, 1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return answers, requests
+
+
+class Desk:
+    """What is known about one checkout, on one device."""
+
+    def __init__(self, device: Device, worktree: Path) -> None:
+        self.device, self.worktree = device, worktree.resolve()
+        self.lost = False
+        self._backends: dict[str, Any] = {}
+        self._verdicts: dict[tuple[str, str], Verdict] = {}
+        self._stopwatches: OrderedDict[tuple[str, str], tuple[Any, int]] = OrderedDict()
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one request, an error as an answer too."""
+        question = request.pop("ask")
+        try:
+            return getattr(self, f"on_{question}")(**request)
+        except WorkerError as error:
+            return {"error": error.kind, "message": error.message}
+        except DeviceLost as error:
+            self.lost = True
+            return {"error": "died", "message": str(error)}
+        except Exception as error:  # a kernel may raise anything: it is the answer, whole
+            message = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+            return {"error": "crashed", "message": message}
+
+    # -- the questions ------------------------------------------------------------------------------------------------
+    def on_hello(self) -> dict[str, Any]:
+        return {
+            "environment": devices.environment(self.device),
+            "driver": self.device.driver(),
+            "path": sys.path,
+        }
+
+    def on_verdict(self, case: str, backend: str) -> dict[str, Any]:
+        return self._verdict(case, backend).record()
+
+    def on_structure(self, case: str, backend: str, targets: list[str]) -> dict[str, Any]:
+        from harness.perf.count import structure
+
+        verdict = self._verdict(case, backend)
+        try:
+            measured = structure.measure(Case.parse(case), self._backend(backend), self.device, verdict)
+        except structure.NotCorrect as error:
+            raise WorkerError("incorrect", str(error)) from error
+        except structure.NotMeasured as error:
+            raise WorkerError("unsupported", str(error)) from error
+        return (structure.compile_for(measured, targets) if targets else measured).record()
+
+    def on_time(self, case: str, backend: str, metric: str, samples: int) -> dict[str, Any]:
+        watch = self._stopwatch(case, backend)
+        from harness.perf.timing.clock import NotTimed
+
+        try:
+            found = watch.sample(metric, samples)
+        except NotTimed as error:
+            raise WorkerError("unsupported", str(error)) from error
+        return {"samples": found, "method": watch.method}
+
+    # -- what they need -----------------------------------------------------------------------------------------------
+    def _backend(self, spec: str) -> Any:
+        if spec not in self._backends:
+            found, module = _find(spec)
+            _require_own({module, type(found).__module__}, self.worktree)
+            self._backends[spec] = found
+        return self._backends[spec]
+
+    def _verdict(self, case: str, spec: str) -> Verdict:
+        from harness.run.case import run_case
+
+        found = self._backend(spec)
+        if (case, spec) not in self._verdicts:
+            verdict = run_case(Case.parse(case), found, self.device)
+            verdict.spec = spec
+            self._verdicts[case, spec] = verdict
+        return self._verdicts[case, spec]
+
+    def _stopwatch(self, case: str, spec: str) -> Any:
+        """Ready to be read, for a case that passes in this very process."""
+        from harness.inputs.sizes import weight_bytes
+        from harness.perf.timing.clock import NotTimed, Stopwatch
+
+        if (case, spec) in self._stopwatches:
+            self._stopwatches.move_to_end((case, spec))
+            return self._stopwatches[case, spec][0]
+        verdict = self._verdict(case, spec)
+        if verdict.status == "unsupported":
+            raise WorkerError("unsupported", verdict.reason)
+        if verdict.status != "passed":
+            kind = "crashed" if verdict.status == "crashed" else "incorrect"
+            raise WorkerError(kind, f"{verdict.status}: {verdict.reason}")
+        parsed = Case.parse(case)
+        size = weight_bytes(parsed.problem)
+        while self._stopwatches and not self._room_for(size):
+            self._stopwatches.popitem(last=False)
+            self.device.release()
+        try:
+            watch = Stopwatch(parsed, self._backend(spec), self.device)
+        except NotTimed as error:
+            raise WorkerError("unsupported", str(error)) from error
+        self._stopwatches[case, spec] = watch, size
+        return watch
+
+    def _room_for(self, size: int) -> bool:
+        held = sum(bytes_ for _, bytes_ in self._stopwatches.values())
+        return len(self._stopwatches) < STOPWATCHES and held + size <= KEPT_BYTES
+
+
+def _find(spec: str) -> tuple[Any, str]:
+    """The backend of this name, or package.module:object, and the module that has it. WorkerError "unsupported" if this
+    checkout has none."""
+    if ":" in spec:
+        return _load(spec), spec.partition(":")[0]
+    broken: list[WorkerError] = []
+    for candidate in _declared():
+        try:
+            found = _load(candidate)
+        except WorkerError as error:  # an older checkout lacks some of them; another may be the one
+            if error.kind == "import":
+                broken.append(error)
+            continue
+        if found.name == spec:
+            return found, candidate.partition(":")[0]
+    if broken:
+        raise broken[0]
+    raise WorkerError("unsupported", f"package: no backend {spec!r} in this version")
+
+
+def _declared() -> Iterator[str]:
+    yield from backends.BUILTIN
+    for entry in importlib.metadata.entry_points(group=backends.ENTRY_POINTS):
+        yield entry.value
+
+
+def _load(spec: str) -> Any:
+    module = spec.partition(":")[0]
+    try:
+        return backends.load(spec)
+    except BackendError as error:
+        cause = error.__cause__
+        missing = isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}.")
+        if missing or (isinstance(cause, AttributeError) and module in sys.modules):
+            raise WorkerError("unsupported", f"package: no {spec} in this version") from error
+        raise WorkerError("import", str(error)) from error
+
+
+def _require_own(homes: set[str], worktree: Path) -> None:
+    """WorkerError "import" unless the packages of these modules, as far as they are loaded, come from the worktree.
+
+    An editable installation of the same package, or PYTHONPATH, may have supplied other code: it would be measured in
+    the place of every commit.
+    """
+    packages = {home.partition(".")[0] for home in homes} - sys.stdlib_module_names
+    if strange := packages & set(FROZEN):
+        raise WorkerError("import", f"{strange.pop()} is what measures, not the code under test")
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.partition(".")[0] in packages and file and not Path(file).resolve().is_relative_to(worktree):
+            raise WorkerError("import", f"{name} was imported from {file}, not from the checkout {worktree}")
+
+
+if __name__ == "__main__":
+    main()

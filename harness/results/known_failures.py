@@ -1,0 +1,151 @@
+"""The ledger of known failures: what is wrong in kernels that others ship, so that red means something new.
+
+An entry of cases/ledger.toml says which cases of which backend fail, how, and who has been told:
+
+    [[known]]
+    backend = "vllm-triton"                      # or a list
+    cases = ["*-e4m3.tensor.*-ep*"]              # globs of descriptors; "but" takes some out again
+    status = "failed"                            # failed (if left out), crashed or hung
+    says = "a2 scale"                            # a regular expression found in the verdict's reason
+    issue = "https://github.com/vllm-project/vllm/issues/1"     # or: found = "2026-11-23", where nobody was told yet
+    shows = "t16-h256-i128-e8-k2-bf16-e4m3.tensor.tensor-ep0of2-random"    # the smallest that shows it
+    why = "amax over rows that nobody wrote"
+
+devices, a list, leaves an entry to some. sometimes = "reason" admits that such a case may also pass.
+
+A known failure still runs: it becomes the verdict "known" if it fails as it did, stays red if it fails in another way,
+and is red if it passes, so that the entry goes. One that crashes or hangs is run in a process of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from datetime import date
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from harness.base import toml
+from harness.base.processes import ROOT
+from harness.problem.case import Case, DescriptorError
+from harness.results.verdict import FAILED, Verdict
+
+LEDGER = ROOT / "cases" / "ledger.toml"
+
+
+class LedgerError(Exception):
+    """A ledger that cannot be used; the message names the file, the entry, the field and what is valid."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """One entry: the fields are those of the file."""
+
+    backend: tuple[str, ...]
+    cases: tuple[str, ...]
+    says: str
+    shows: str
+    why: str
+    issue: str = ""
+    found: str = ""
+    status: str = "failed"
+    but: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    sometimes: str = ""
+
+    @property
+    def told(self) -> str:
+        """Where it is known from."""
+        return self.issue or f"found here {self.found}"
+
+    def covers(self, case: str, backend: str, device: str) -> bool:
+        """Whether the entry is about this case on this backend and device (its name, emulated or not)."""
+        return (
+            backend in self.backend
+            and (not self.devices or device.split()[0] in self.devices)
+            and any(fnmatchcase(case, glob) for glob in self.cases)
+            and not any(fnmatchcase(case, glob) for glob in self.but)
+        )
+
+    def explains(self, verdict: Verdict) -> bool:
+        """Whether a red verdict is red in the way that is known."""
+        return verdict.status == self.status and re.search(self.says, verdict.reason) is not None
+
+
+def read(path: Path | None = None) -> list[Known]:
+    """The entries of a ledger (cases/ledger.toml). LedgerError says what is wrong with it."""
+    path = path or LEDGER
+    table = toml.read(path, LedgerError, f"--ledger {path}")
+    if strange := set(table) - {"known"}:
+        raise LedgerError(f"--ledger {path}: {', '.join(sorted(strange))}: every entry is a table [[known]]")
+    return [_entry(f"--ledger {path}: entry {n}", given) for n, given in enumerate(table.get("known", []), 1)]
+
+
+def _entry(where: str, given: dict[str, Any]) -> Known:
+    valid = {f.name: f for f in fields(Known)}
+    for name in given:
+        if name not in valid:
+            raise LedgerError(f"{where}: {name}: no such field; valid: {', '.join(valid)}")
+    for name in ("backend", "cases", "says", "shows", "why"):
+        if not given.get(name):
+            raise LedgerError(f"{where} has no {name}")
+    lists = {n: _strings(where, n, given[n]) for n in ("backend", "cases", "but", "devices") if n in given}
+    texts = {n: v for n, v in given.items() if n not in lists}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise LedgerError(f"{where}: {name}={value!r}: must be text")
+    entry = Known(**lists, **texts)  # type: ignore[arg-type]
+    if entry.status not in FAILED:
+        raise LedgerError(f"{where}: status={entry.status!r}; valid: {', '.join(FAILED)}")
+    if bool(entry.issue) == bool(entry.found):
+        raise LedgerError(f"{where}: needs either issue, the address of a public issue, or found, a date")
+    if entry.issue and not entry.issue.startswith("https://"):
+        raise LedgerError(f"{where}: issue={entry.issue!r}: must be an address, https://...")
+    try:
+        date.fromisoformat(entry.found or "2000-01-01")
+        re.compile(entry.says)
+        Case.parse(entry.shows)
+    except (ValueError, re.error, DescriptorError) as error:
+        raise LedgerError(f"{where}: found, says or shows: {error}") from error
+    return entry
+
+
+def _strings(where: str, name: str, value: Any) -> tuple[str, ...]:
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not found or not all(isinstance(v, str) and v for v in found):
+        raise LedgerError(f"{where}: {name}={value!r}: must be text or a list of texts")
+    return tuple(found)
+
+
+def covering(entries: Iterable[Known], case: Case, backend: str, device: str) -> list[Known]:
+    """The entries about one case."""
+    return [entry for entry in entries if entry.covers(str(case), backend, device)]
+
+
+def explanation(verdict: Verdict, about: list[Known]) -> str:
+    """What is known of a red verdict; "" if no entry is about a failure like it."""
+    return next((f"{entry.why} ({entry.told})" for entry in about if entry.explains(verdict)), "")
+
+
+def judged(verdict: Verdict, about: list[Known]) -> Verdict:
+    """The verdict in the light of the entries about its case; changed in place."""
+    if not about or verdict.status == "unsupported":
+        return verdict
+    if verdict.status in FAILED:
+        verdict.known = explanation(verdict, about)
+        if verdict.known:
+            verdict.status = "known"
+            return verdict
+        told = "; ".join(f"{entry.status}, {entry.says!r}" for entry in about)
+        verdict.report += f"\nThe ledger knows this case to fail, but otherwise: {told}\n"
+        return verdict
+    if any(entry.sometimes for entry in about):
+        return verdict
+    verdict.reason = (
+        f"it {verdict.status}, but the ledger knows it to fail ({about[0].told}: {about[0].why}): "
+        "if it is mended, take the entry out of the ledger"
+    )
+    verdict.status = "failed"
+    return verdict

@@ -1,0 +1,132 @@
+"""Scenarios of the same arguments in other memory: strided, or an output of the backend's own.
+
+A serving engine hands over slices of larger buffers: columns of a router's table, rows of padded weights, an output
+inside a padded one. Who cannot take such strides says so by name; who takes them gives the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.backend import Layer, Unsupported, takes_out
+from harness.device import DeviceLost
+from harness.inputs.draw import Inputs
+from harness.scenarios.registry import batch, scenario, start
+from harness.session.session import Session
+from harness.trace.bits import raw
+from harness.trace.fence import poison_
+
+GAP = 16  #: elements between two rows: whole vectors of every dtype
+
+
+@scenario("arguments.own_output")
+def own_output(s: Session) -> None:
+    """Without `out` a call makes one, which is nobody else's memory: not the input's, nor the next call's."""
+    given, call = start(s)
+
+    def without(*arguments: Tensor) -> Tensor:
+        return call(*arguments)
+
+    first = s.check(without, given, "no out")
+    kept = first.clone()
+    second = s.check(without, batch(s, given, tokens=given.case.problem.tokens + 1), "one token more")
+    s.require(torch.equal(raw(first), raw(kept)), "the output of a call was overwritten by the next call")
+    s.require(
+        second.untyped_storage().data_ptr() != first.untyped_storage().data_ptr(), "two calls returned the same memory"
+    )
+
+
+@scenario("arguments.strided_out")
+def strided_out(s: Session) -> None:
+    """An output whose rows are further apart than they are long: nothing is written between them."""
+    given, call = _with_out(s)
+    gaps: list[Tensor] = []
+
+    def into_padded(*arguments: Tensor, out: Tensor) -> Tensor:
+        room = poison_(out.new_empty(len(out), out.shape[1] + GAP))
+        result = call(*arguments, out=room[:, : out.shape[1]])
+        gaps.append(room[:, out.shape[1] :])
+        return out.copy_(result)
+
+    _right_or_refused(s, into_padded, given, "padded rows of out")
+    for gap in gaps:
+        s.require(bool(gap.isnan().all()), "written between the rows of out")
+
+
+@scenario("arguments.neighbours")
+def neighbours(s: Session) -> None:
+    """An output right behind its input in one buffer, or right before it: they share nothing."""
+    given, call = _with_out(s)
+    for places, what in (((0, 1), "right behind"), ((1, 0), "right before")):
+
+        def side_by_side(*arguments: Tensor, out: Tensor, places: tuple[int, int] = places) -> Tensor:
+            x, *routing = arguments
+            room = poison_(x.new_empty(2, *x.shape))
+            mine, its = (room[place] for place in places)
+            result = call(mine.copy_(x), *routing, out=its)
+            s.require(torch.equal(raw(mine), raw(x.contiguous())), "hidden_states was changed by the call")
+            return out.copy_(result)
+
+        _right_or_refused(s, side_by_side, given, f"out {what} hidden_states")
+
+
+def _with_out(s: Session) -> tuple[Inputs, Callable[..., Any]]:
+    given, call = start(s)
+    if not takes_out(call):
+        raise Unsupported(f"scenario: {s.backend.name} takes no out")
+    return given, call
+
+
+@scenario("arguments.strided_routing")
+def strided_routing(s: Session) -> None:
+    """Router weights and ids as columns of a wider table, and as a transposed table."""
+    given, call = start(s)
+    for names in (("topk_weights", "topk_ids"), ("topk_weights",), ("topk_ids",)):
+        for how, change in (("columns of a wider table", _columns), ("a transposed table", _transposed)):
+            changed: dict[str, Any] = {name: change(getattr(given, name)) for name in names}
+            _right_or_refused(s, call, replace(given, **changed), f"{' and '.join(names)}: {how}")
+
+
+@scenario("arguments.strided_layer")
+def strided_layer(s: Session) -> None:
+    """Weights, scales and biases whose rows are further apart than they are long, one of them at a time, then all."""
+    given = s.draw()
+    names = [n for n in ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias") if _wide(given.handed, n)]
+    for chosen in (*[(name,) for name in names], tuple(names)):
+        changed: dict[str, Any] = {name: _columns(getattr(given.handed, name)) for name in chosen}
+        handed = replace(given.handed, **changed)
+        _right_or_refused(s, s.prepare(s.case.problem, handed), replace(given, handed=handed), ", ".join(chosen))
+
+
+def _wide(layer: Layer, name: str) -> bool:
+    tensor = getattr(layer, name)
+    return tensor is not None and tensor.dim() > 1
+
+
+def _columns(t: Tensor) -> Tensor:
+    """The same values in rows with poison between them."""
+    room = poison_(t.new_empty(*t.shape[:-1], t.shape[-1] + GAP))
+    room[..., : t.shape[-1]].copy_(t)
+    return room[..., : t.shape[-1]]
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.t().contiguous().t()
+
+
+def _right_or_refused(s: Session, call: Callable[..., Any], given: Inputs, what: str) -> None:
+    try:
+        s.check(call, given, what)
+    except DeviceLost:  # a RuntimeError too, but nobody's refusal
+        raise
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:  # torch's own checks raise the last two
+        named = any(word in str(error) for word in ("stride", "contiguous"))
+        if not named and isinstance(error, RuntimeError | AssertionError):
+            raise  # a crash, whatever the strides
+        s.require(named, f"{what}: neither computed nor refused by its strides: {error}")
+        raise Unsupported(f"scenario: {s.backend.name} refuses {what}: {str(error).splitlines()[0]}") from error

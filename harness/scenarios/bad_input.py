@@ -1,0 +1,207 @@
+"""Scenarios of bad input: each must raise, say what is wrong, and write nothing; and the next good call is right.
+
+A fault is a function that spoils one argument of an otherwise good call, and the words of which the message must hold
+one. For backends that promise "errors".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.backend import Layer, Unsupported
+from harness.scenarios.registry import must_refuse, require_promise, scenario, start
+from harness.session.session import Session
+from harness.trace.tracing import poison_
+
+
+@dataclass
+class Call:
+    """The arguments of a call, to be spoiled."""
+
+    hidden_states: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    out: Tensor
+    layer: Layer
+
+
+def _fault(name: str, *words: str) -> Callable:
+    def register(spoil: Callable[[Call], None]) -> Callable:
+        @scenario(f"error.{name}")
+        def refused(s: Session) -> None:
+            require_promise(s, "errors")
+            given, call = start(s)
+            layer = given.handed
+            kept = replace(layer)
+            x = given.hidden_states
+            bad = Call(x, given.topk_weights, given.topk_ids, poison_(torch.empty_like(x)), layer)
+            spoil(bad)
+            must_refuse(
+                s,
+                spoil.__doc__ or name,
+                words,
+                lambda: call(bad.hidden_states, bad.topk_weights, bad.topk_ids, out=bad.out),
+                {"out": bad.out},
+            )
+            for field in fields(Layer):
+                setattr(layer, field.name, getattr(kept, field.name))
+            s.check(call, given, "the next good call")
+
+        return spoil
+
+    return register
+
+
+@_fault("hidden_size", "Hidden size mismatch", "hidden_size")
+def hidden_size(call: Call) -> None:
+    """hidden_states narrower than the weights"""
+    call.hidden_states = call.hidden_states[:, :-16].contiguous()
+    call.out = poison_(torch.empty_like(call.hidden_states))
+
+
+@_fault("transposed", "Hidden size mismatch", "hidden_size")
+def transposed(call: Call) -> None:
+    """weights in the other layout (vLLM PR 40109: "Hidden size mismatch 2048 != 384")"""
+    call.layer.w13 = call.layer.w13.transpose(1, 2).contiguous()
+    call.layer.w2 = call.layer.w2.transpose(1, 2).contiguous()
+
+
+@_fault("hidden_dims", "hidden_states")
+def hidden_dims(call: Call) -> None:
+    """hidden_states of three dimensions"""
+    call.hidden_states = call.hidden_states[None]
+
+
+@_fault("hidden_dtype", "hidden_states", "dtype")
+def hidden_dtype(call: Call) -> None:
+    """hidden_states in float64"""
+    call.hidden_states = call.hidden_states.double()
+
+
+@_fault("hidden_columns", "hidden_states", "stride", "contiguous")
+def hidden_columns(call: Call) -> None:
+    """hidden_states with strided columns"""
+    doubled = torch.stack([call.hidden_states, call.hidden_states], 2).flatten(1)
+    call.hidden_states = doubled[:, ::2]
+
+
+@_fault("weights_dtype", "topk_weights")
+def weights_dtype(call: Call) -> None:
+    """topk_weights in float16: some kernels read its bits as float32 (vLLM PR 16801)"""
+    call.topk_weights = call.topk_weights.half()
+
+
+@_fault("ids_dtype", "topk_ids")
+def ids_dtype(call: Call) -> None:
+    """topk_ids in floating point"""
+    call.topk_ids = call.topk_ids.float()
+
+
+@_fault("ids_shape", "topk_ids", "topk_weights", "top_k")
+def ids_shape(call: Call) -> None:
+    """one slot fewer in topk_ids than in topk_weights"""
+    call.topk_ids = torch.cat([call.topk_ids, call.topk_ids[:, :1]], 1)
+
+
+@_fault("ids_tokens", "topk_ids", "topk_weights", "tokens")
+def ids_tokens(call: Call) -> None:
+    """routing for fewer tokens than hidden_states has"""
+    call.topk_ids, call.topk_weights = call.topk_ids[:-1], call.topk_weights[:-1]
+
+
+@_fault("out_shape", "out")
+def out_shape(call: Call) -> None:
+    """out with a row too many"""
+    x = call.hidden_states
+    call.out = poison_(torch.empty(len(x) + 1, x.shape[1], dtype=x.dtype, device=x.device))
+
+
+@_fault("out_dtype", "out")
+def out_dtype(call: Call) -> None:
+    """out of another dtype"""
+    other = torch.float32 if call.hidden_states.dtype != torch.float32 else torch.float16
+    call.out = poison_(torch.empty_like(call.hidden_states, dtype=other))
+
+
+@_fault("w2_shape", "w2", "intermediate_size")
+def w2_shape(call: Call) -> None:
+    """w2 with another intermediate size than w13"""
+    layer = call.layer
+    dim = 2 if layer.problem.layout == "nk" else 1
+    layer.w2 = layer.w2.narrow(dim, 0, layer.w2.shape[dim] - 16).contiguous()
+
+
+@_fault("experts", "w2", "w13", "experts")
+def experts(call: Call) -> None:
+    """w2 with one expert fewer than w13"""
+    call.layer.w2 = call.layer.w2[:-1]
+
+
+@_fault("bias_shape", "w13_bias", "bias")
+def bias_shape(call: Call) -> None:
+    """a bias that is too short"""
+    if call.layer.w13_bias is None:
+        raise Unsupported("scenario: the layer has no bias")
+    call.layer.w13_bias = call.layer.w13_bias[:, :-1].contiguous()
+
+
+@_fault("scale_missing", "scale")
+def scale_missing(call: Call) -> None:
+    """fp8 weights without their scales"""
+    if call.layer.w13_scale is None:
+        raise Unsupported("scenario: the layer has no scales")
+    call.layer.w13_scale = None
+
+
+@_fault("scale_shape", "scale")
+def scale_shape(call: Call) -> None:
+    """scales that were not transposed with their weights, or have another granularity"""
+    scale = call.layer.w2_scale
+    if scale is None:
+        raise Unsupported("scenario: the layer has no scales")
+    call.layer.w2_scale = torch.cat([scale, scale[..., :1]], -1)
+
+
+@_fault("weight_dtype", "w13", "dtype")
+def weight_dtype(call: Call) -> None:
+    """unquantized weights of another dtype than hidden_states"""
+    if call.layer.w13_scale is not None:
+        raise Unsupported("scenario: the layer is quantized")
+    other = torch.float16 if call.hidden_states.dtype != torch.float16 else torch.bfloat16
+    call.layer.w13, call.layer.w2 = call.layer.w13.to(other), call.layer.w2.to(other)
+
+
+@_fault("expert_map_length", "expert_map")
+def expert_map_length(call: Call) -> None:
+    """an expert_map for fewer experts than the router knows"""
+    if call.layer.expert_map is None:
+        raise Unsupported("scenario: the layer has no expert_map")
+    call.layer.expert_map = call.layer.expert_map[:-1].contiguous()
+
+
+@_fault("layer_device", "device")
+def layer_device(call: Call) -> None:
+    """one tensor of the layer, the last that it has, on another device"""
+    name, tensor = list(call.layer.tensors().items())[-1]
+    setattr(call.layer, name, tensor.to("meta" if tensor.device.type == "cpu" else "cpu"))
+
+
+@_fault("weight_on_input_top_k", "top_k")
+def weight_on_input_top_k(call: Call) -> None:
+    """router weight on input with more than one slot a token: it has no meaning"""
+    problem = call.layer.problem
+    known: dict[str, Any] = {f.name: getattr(problem, f.name) for f in fields(problem)}
+    known |= {"router_weight_on_input": True, "gated": problem.gated}
+    call.layer.problem = SimpleNamespace(**known)  # type: ignore[assignment]  # no Problem can say this
+
+
+@_fault("device", "device")
+def device(call: Call) -> None:
+    """topk_ids on another device"""
+    call.topk_ids = call.topk_ids.to("meta" if call.topk_ids.device.type == "cpu" else "cpu")

@@ -1,0 +1,193 @@
+"""Scenarios of memory and of the host: offsets of 32 bits, batches beyond 2^31 elements, rows that only fill up a
+batch, no waiting for the device, and replays of a captured graph.
+
+What lies beyond every tensor is checked in each call of every scenario (trace/fence.py, trace/sanitizer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.backend import Unsupported
+from harness.inputs.draw import Inputs
+from harness.scenarios.registry import batch, require_promise, scenario, start
+from harness.session.session import Session
+from harness.trace import fence, host_calls
+from harness.trace.tracing import Tracing
+from harness.trace.transfers import transfers
+
+#: Elements that no 32-bit offset may reach under memory.offsets32. What stays inside a tile stays below it: 128 rows or
+#: columns of a tile, 255 elements apart. Whatever is multiplied by the number of a row, an expert or a tile exceeds it
+#: in cases of a few hundred rows, as it exceeds 2^31 in a model of 2^16 times the size.
+WIDEST_OFFSET = 2**15
+DISTINCT = 64  #: tokens that a batch of copies repeats
+ROWS_AT_ONCE = 2**14  #: of a large output, as they are compared
+
+
+@scenario("memory.offsets32")
+def offsets32(s: Session) -> None:
+    """What grows with the model or the batch is computed in 64 bits: the same question on a smaller scale."""
+    if not (getattr(s.backend, "interpreted", False) and s.device.interprets_triton):
+        raise Unsupported("scenario: the width of offsets shows only in Triton kernels that are interpreted")
+    s.widest_offset = WIDEST_OFFSET
+    given, call = start(s)
+    s.check(call, given)
+
+
+@scenario("memory.copies")
+def copies(s: Session) -> None:
+    """A large batch made of copies of a small one: the small one's answer, in every copy. No oracle serves so many
+    tokens, and none has to."""
+    if s.case.fill != "exact":
+        raise Unsupported("fill: only on the exact fill do batches of any size give the same bits")
+    problem = s.case.problem
+    few = s.draw(tokens=min(DISTINCT, problem.tokens))
+    wanted = s.check(s.prepare(few.case.problem, few.handed), few, "every token once").clone()
+    call = s.prepare(problem, few.handed)
+    many = few.given({name: _repeated(t, problem.tokens) for name, t in few.arguments().items()})
+    try:
+        out, trace = s.call(call, many, f"{problem.tokens} tokens")
+    except torch.OutOfMemoryError as error:
+        raise Unsupported(f"memory: {problem.tokens} tokens do not fit: {str(error).splitlines()[0]}") from error
+    s.traces.append(trace)
+    different = _rows_that_differ(out, wanted)
+    if len(different):
+        row = int(different[0])
+        column = int(torch.nonzero(out[row] != wanted[row % len(wanted)])[0])
+        got, right = float(out[row, column]), float(wanted[row % len(wanted), column])
+        s.require(
+            False,
+            f"{len(different)} of {problem.tokens} tokens, copies of {len(wanted)}, have another output than the first "
+            f"copy: from token {row} to token {int(different[-1])}; token {row}, column {column}: {got} for {right}",
+        )
+
+
+def _repeated(t: Tensor, rows: int) -> Tensor:
+    """Its rows over and over, [rows, ...], fenced."""
+    room = fence.empty(rows, *t.shape[1:], dtype=t.dtype, device=t.device)
+    for first in range(0, rows, ROWS_AT_ONCE):
+        part = room[first : first + ROWS_AT_ONCE]
+        part.copy_(t[torch.arange(first, first + len(part), device=t.device) % len(t)])
+    return room
+
+
+def _rows_that_differ(out: Tensor, wanted: Tensor) -> Tensor:
+    """The rows of out that are not what wanted has for them, taken over and over."""
+    found = []
+    for first in range(0, len(out), ROWS_AT_ONCE):
+        part = out[first : first + ROWS_AT_ONCE]
+        right = wanted[torch.arange(first, first + len(part), device=out.device) % len(wanted)]
+        found.append(first + torch.nonzero((part != right).any(1)).flatten())
+    return torch.cat(found)
+
+
+@scenario("memory.padding_rows")
+def padding_rows(s: Session) -> None:
+    """Rows that only fill up a batch reach no other row: NaN or the largest numbers without a valid id, NaN with
+    valid ids and weights of zero.
+
+    A dynamic per-tensor scale is the exception by contract (reference/quant.py): it is taken from all rows of
+    hidden_states, served or not, NaN ignored. There a row of finite numbers counts whoever serves it, and these are
+    some times the largest: 11, which moves every code, or 8 on the exact fill, where scales are powers of two.
+    """
+    given = s.draw()
+    problem = given.case.problem
+    pads = torch.arange(problem.tokens, device=given.topk_ids.device) % 3 == 2
+    pads[problem.tokens * 3 // 4 :] = True
+    largest = float(given.hidden_states.abs().nan_to_num().amax())
+    per_tensor = problem.quant is not None and problem.quant.activation == "tensor"
+    times = 8 if s.case.fill == "exact" else 11
+    large = times * largest if per_tensor else torch.finfo(given.hidden_states.dtype).max
+    nan = float("nan")
+
+    with_invalid_ids = replace(problem, routing="invalid")
+    if getattr(s.backend, "nan_safe", True) and s.why_not(with_invalid_ids) is None:
+        layer = replace(given.handed, problem=with_invalid_ids)
+        call = s.prepare(with_invalid_ids, layer)
+        for value, what in ((nan, "NaN"), (large, "large")):
+            padded = _padded(replace(given, handed=layer), pads, f"{what} without a valid id", value, -1, nan)
+            s.check(call, padded, f"rows of {what} without a valid id")
+    padded = _padded(given, pads, "NaN of weight 0", nan, None, 0.0)
+    # What such a row itself gives is nobody's contract: 0 * NaN, or nothing.
+    out, trace = s.call(s.prepare(problem, given.handed), padded, "rows of NaN whose weights are 0")
+    s.traces.append(trace)
+    s.accept(out[~pads], _without(padded, pads), "beside rows of NaN whose weights are 0")
+
+
+def _padded(given: Inputs, pads: Tensor, variant: str, value: float, ids: int | None, weight: float) -> Inputs:
+    """The batch with padding in some of its rows."""
+    copies = {name: fence.keep(t) for name, t in given.arguments().items()}
+    copies["hidden_states"][pads] = value
+    copies["topk_weights"][pads] = weight
+    if ids is not None:
+        copies["topk_ids"][pads] = ids
+    return given.given(copies, variant=variant)
+
+
+def _without(given: Inputs, pads: Tensor) -> Inputs:
+    """The batch without these rows."""
+    rest = {name: t[~pads] for name, t in given.arguments().items()}
+    case = given.case.change(tokens=int((~pads).sum()))
+    return given.given(rest, case=case, variant=f"{given.variant}, left out")
+
+
+@scenario("memory.no_wait")
+def no_wait(s: Session) -> None:
+    """A steady call reads nothing back from the device and never waits for it: the host is free to go on."""
+    require_promise(s, "no_wait")
+    given, call = start(s)
+    s.check(call, given)
+
+    def steady() -> None:
+        call(*given.arguments().values())
+
+    with Tracing(), transfers(intended=s.device.on_cpu) as found:
+        steady()
+    s.device.synchronize()
+    waits = found.waits + ["synchronize"] * host_calls.count(steady).synchronizes
+    s.require(not waits, f"the call waits for the device: {', '.join(sorted(set(waits)))}")
+    s.require(not found.d2h, f"the call reads from the device: {', '.join(sorted(set(found.d2h)))}")
+
+
+@scenario("memory.stale")
+def stale(s: Session) -> None:
+    """Memory that comes back uninitialised holds finite numbers and small indices, as an earlier call left them."""
+    given, call = start(s)
+    with fence.stale():
+        s.check(call, given, "workspaces full of an earlier call's numbers")
+
+
+@scenario("memory.graph")
+def graph(s: Session) -> None:
+    """The call, captured in a graph, answers for what its inputs and weights hold when it is replayed, whatever ran
+    since it was captured."""
+    require_promise(s, "graph")
+    if s.device.name != "cuda":
+        raise Unsupported("scenario: only CUDA captures graphs here")
+    given, call = start(s)
+    mine = given.given({name: fence.keep(t) for name, t in given.arguments().items()})
+    s.check(call, mine, "before it is captured")
+    replay: Any = s.device.graph_of(lambda: None, [lambda: call(*mine.arguments().values())])
+    s.require(replay is not None, "the call cannot be captured in a graph: it waits for the device")
+
+    def answers(other: Inputs, what: str, before: Callable[[], Any] = lambda: None) -> None:
+        for name, tensor in mine.arguments().items():
+            tensor.copy_(getattr(other, name))
+        before()
+        replay.microseconds()
+        s.accept(replay.outputs[0], other, what)
+
+    answers(given, "replayed")
+    for routing in ("one", "duplicate", "half"):
+        answers(batch(s, given, routing=routing), f"replayed with {routing} routing")
+    larger = batch(s, given, tokens=4 * s.case.problem.tokens + 3)
+    answers(given, "replayed after a larger batch", lambda: s.check(call, larger, "a larger batch"))
+    other = s.draw(seed=s.case.seed + 1)
+    for name, tensor in given.handed.tensors().items():
+        tensor.copy_(getattr(other.handed, name))
+    answers(replace(other, handed=given.handed), "replayed after the weights changed in place")

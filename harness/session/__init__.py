@@ -1,0 +1,1 @@
+"""One backend under one case: `Session` draws, prepares, calls and judges."""

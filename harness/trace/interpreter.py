@@ -1,0 +1,293 @@
+"""Triton's CPU interpreter, mended: correct bf16 and fp8 arithmetic, and fewer Python calls per operation.
+
+TRITON_INTERPRET=1 makes @triton.jit kernels run on CPU tensors, operation by operation in numpy. bf16 and fp8 are no
+numpy types: Triton keeps their bits in unsigned integers, converts float32 to bf16 by truncation, gets fp8 wrong at
+ties, in subnormals and beyond the largest value, and multiplies the *bits* of bf16 matrices in tl.dot. All of that
+happens in a few methods of one class, which `enable` replaces:
+
+    conversions      exact to float32, then rounded once to nearest even (ml_dtypes); fp8 saturates, see `encode`
+    tl.dot           operands exact in float32, products summed in float32
+    bf16 operators   computed in float32, rounded to bf16, which is what a GPU does
+    masked loads     lanes that are masked off, and have no `other`, are NaN or a large number: on a GPU, undefined
+    launches         one at a time: the interpreter keeps the position in the grid in one global place
+
+Kernels know nothing of this module.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+_STORED_AS_BITS = {
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp8e4nv": np.dtype(ml_dtypes.float8_e4m3fn),
+    "fp8e5": np.dtype(ml_dtypes.float8_e5m2),
+}
+_LARGEST = {"fp8e4nv": 448.0, "fp8e5": 57344.0}
+_enabled = False
+#: triton.language, once `enable` has imported it: `_probe` finds it here as a kernel finds its imports.
+tl: Any = None
+
+
+def enable() -> None:
+    """Make this process interpret Triton kernels, with the mends. Any number of calls.
+
+    Sets TRITON_INTERPRET=1. RuntimeError if Triton was imported without it: what its standard library holds are then
+    functions to be compiled, which interpreted kernels cannot call.
+    """
+    global _enabled, tl
+    if _enabled:
+        return
+    loaded = sys.modules.get("triton.language")
+    if loaded is not None and type(loaded.sum).__name__ != "InterpretedFunction":
+        raise RuntimeError(
+            "Triton is already imported for compilation: call harness.trace.interpreter.enable() before that"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language
+    from triton.runtime import interpreter
+
+    tl = triton.language
+    _mend_arithmetic(interpreter)
+    _mend_loads(interpreter)
+    _mend_speed(interpreter)
+    _one_launch_at_a_time(interpreter.GridExecutor)
+    _enabled = True
+
+
+@functools.cache
+def usable() -> str | None:
+    """None, or one line: why Triton kernels cannot be interpreted here (triton 3.6 breaks with numpy 2.4, say)."""
+    try:
+        enable()
+        import triton
+
+        out = torch.zeros(4, dtype=torch.int32)
+        triton.jit(_probe)[(1,)](out, 3, BLOCK=4)
+        if out.tolist() != [3, 4, 5, 6]:
+            return f"Triton's interpreter (triton {triton.__version__}) adds wrongly: {out.tolist()}"
+    except Exception as error:
+        versions = f"triton {_version('triton')}, numpy {np.__version__}"
+        return f"Triton's interpreter fails here ({versions}): {type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _probe(out, n, BLOCK: tl.constexpr):  # type: ignore[name-defined]  # tl is bound at run time
+    # Loops over a runtime bound: the construct that newer numpy versions broke.
+    total = tl.arange(0, BLOCK)
+    for _ in range(0, n):
+        total += 1
+    tl.store(out + tl.arange(0, BLOCK), total)
+
+
+def decode(data: np.ndarray, dtype) -> np.ndarray:
+    """The numbers in an interpreter array of Triton dtype: bf16 and fp8 bits become float32, exactly."""
+    held = _STORED_AS_BITS.get(dtype.name)
+    return data if held is None else np.ascontiguousarray(data).view(held).astype(np.float32)
+
+
+def encode(numbers: np.ndarray, dtype) -> np.ndarray:
+    """Numbers -> the interpreter's array for Triton dtype, rounded to nearest even.
+
+    fp8 saturates like cvt.rn.satfinite on Hopper: beyond 448 (e4m3) or 57344 (e5m2), infinities included, to that
+    value; NaN stays NaN.
+    """
+    from triton.runtime.interpreter import _get_np_dtype
+
+    held = _STORED_AS_BITS.get(dtype.name)
+    if held is None:
+        return numbers.astype(_get_np_dtype(dtype))
+    # float64 (no kernel here has it) would round twice; every narrower type widens exactly.
+    numbers = numbers.astype(np.float32)
+    if dtype.name in _LARGEST:
+        numbers = np.clip(numbers, -_LARGEST[dtype.name], _LARGEST[dtype.name])  # clip keeps NaN
+    return numbers.astype(held).view(_get_np_dtype(dtype))
+
+
+def _mend_arithmetic(interpreter) -> None:
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    convert_as_shipped = interpreter._convert_float
+    towards_zero = interpreter._ir.ROUNDING_MODE.RTZ
+    known = {*_STORED_AS_BITS, "fp16", "fp32", "fp64"}
+
+    def cast_impl(self, src, dst_type):
+        src_type, dst_type = src.dtype.scalar, dst_type.scalar
+        with np.errstate(all="ignore"):  # overflow to infinity is a result, not a mishap
+            return handle(encode(decode(src.data, src_type), dst_type), dst_type)
+
+    def convert_float(data, src_type, dst_type, rounding_mode):
+        # Returns bits: callers take a view of the type they need.
+        if rounding_mode == towards_zero or not {src_type.name, dst_type.name} <= known:
+            return convert_as_shipped(data, src_type, dst_type, rounding_mode)
+        with np.errstate(all="ignore"):
+            converted = encode(decode(data, src_type), dst_type)
+        return converted.view(f"uint{dst_type.primitive_bitwidth}")
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if not a.dtype.scalar.is_floating():
+            return dot_as_shipped(self, a, b, d, input_precision, max_num_imprecise_acc)
+        wide = np.float64 if d.data.dtype == np.float64 else np.float32
+        a_data = decode(a.data, a.dtype.scalar).astype(wide, copy=False)
+        b_data = decode(b.data, b.dtype.scalar).astype(wide, copy=False)
+        with np.errstate(all="ignore"):
+            total = np.matmul(a_data, b_data) + decode(d.data, d.dtype.scalar)
+        return handle(encode(total, d.dtype.scalar), d.dtype.scalar)
+
+    dot_as_shipped = builder.create_dot
+    builder.cast_impl = cast_impl
+    builder.create_dot = create_dot
+    interpreter._convert_float = convert_float
+    for name in ("binary_op", "unary_op", "ternary_op"):
+        setattr(builder, name, _through_float32(getattr(builder, name), handle))
+
+
+def _through_float32(operator, handle):
+    """An InterpreterBuilder operator (self, *operands, numpy function) that computes on numbers, not on bf16 bits."""
+
+    def wrapped(self, *args):
+        *operands, function = args
+        dtype = operands[-1].dtype.scalar
+        if dtype.name not in _STORED_AS_BITS or function is np.where:  # a selection of bits is a selection of numbers
+            with np.errstate(all="ignore"):
+                return operator(self, *args)
+        with np.errstate(all="ignore"):
+            result = function(*(decode(x.data, x.dtype.scalar) for x in operands))
+        return handle(result, tl.int1) if result.dtype == bool else handle(encode(result, dtype), dtype)
+
+    return wrapped
+
+
+#: By element size: an integer type, and the bits of what nobody defined, NaN in every floating format of that size.
+_UNDEFINED: dict[int, np.generic] = {
+    1: np.uint8(0x7F), 2: np.uint16(0x7FFD), 4: np.uint32(0x7FFDA5A5), 8: np.uint64(0x7FFDA5A57FFDA5A5)
+}  # fmt: skip
+
+
+def undefined(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """What lanes that are not loaded hold: NaN, or a large number, in an interpreter array of this numpy type."""
+    return np.ones(shape, bool) if dtype.kind == "b" else np.full(shape, _UNDEFINED[dtype.itemsize]).view(dtype)
+
+
+def _mend_loads(interpreter) -> None:
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    load_as_shipped = builder.create_masked_load
+
+    def create_masked_load(self, ptrs, mask, other, *rest):
+        # Shipped: zeros, which no GPU promises.
+        if other is None and not mask.data.all():
+            element = ptrs.get_element_ty()
+            other = handle(undefined(ptrs.data.shape, interpreter._get_np_dtype(element)), element)
+        return load_as_shipped(self, ptrs, mask, other, *rest)
+
+    builder.create_masked_load = create_masked_load
+
+
+def _mend_speed(interpreter) -> None:
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+
+    def create_erf(self, arg):
+        # Shipped: one Python call per element.
+        exact = torch.erf(torch.from_numpy(np.array(arg.data, dtype=np.float64))).numpy()
+        return handle(exact.astype(arg.data.dtype), arg.dtype.scalar)
+
+    builder.create_erf = create_erf
+    # Shipped: every integer addition and product is repeated in int64 for an assertion that only debug mode evaluates.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    # Shipped: a dictionary of all types is built to look one up.
+    numpy_type_as_shipped = interpreter._get_np_dtype
+    numpy_types: dict[str, np.dtype] = {}
+
+    def get_np_dtype(dtype):
+        scalar = dtype.scalar
+        if scalar.is_ptr():
+            return np.dtype(np.uint64)
+        if scalar.name not in numpy_types:
+            numpy_types[scalar.name] = numpy_type_as_shipped(scalar)
+        return numpy_types[scalar.name]
+
+    interpreter._get_np_dtype = get_np_dtype
+    _keep_types()
+    # Shipped: triton.language is patched anew, attribute by attribute, at every launch and for every call of one
+    # @triton.jit function by another. A process with TRITON_INTERPRET=1 compiles nothing, so patching once will do.
+    patch_language = interpreter._patch_lang
+    patched: set[int] = set()
+
+    class KeepPatched:
+        def restore(self):
+            pass
+
+    def patch_once(fn):
+        namespaces = {id(m) for m in fn.__globals__.values() if m is tl or m is tl.core}
+        if not namespaces <= patched:
+            patch_language(fn)
+            patched.update(namespaces)
+        return KeepPatched()
+
+    interpreter._patch_lang = patch_once
+
+
+#: Types of blocks to keep: pointers have types of their own in every launch.
+_MOST_TYPES = 10_000
+
+
+def _keep_types() -> None:
+    """What a block's type is made of, and a tensor of that type, is worked out once a type, not at every operation.
+    With it, shapes are compared as a whole."""
+    from triton.language import core, semantic
+
+    broadcast_as_shipped = semantic.TritonSemantic.broadcast_impl_value
+    build_type, build_tensor = core.block_type.__init__, core.tensor.__init__
+    made: dict[tuple, dict[str, Any]] = {}
+
+    def block_type(self, element_ty, shape):
+        # The element type lives as long as its entry: nothing else can come to have its id.
+        key = (id(element_ty), *[s.value if isinstance(s, core.constexpr) else s for s in shape])
+        if key not in made:
+            build_type(self, element_ty, shape)
+            if len(made) == _MOST_TYPES:
+                made.clear()
+            made[key] = self.__dict__ | {"of_tensors": {}}
+        self.__dict__.update(made[key])
+
+    def tensor(self, handle, type):
+        of_tensors = type.__dict__.setdefault("of_tensors", {})
+        if not of_tensors:
+            build_tensor(self, handle, type)
+            of_tensors.update(self.__dict__)
+            del of_tensors["handle"]
+        self.__dict__.update(of_tensors)
+        self.handle = handle
+
+    def broadcast(self, lhs, rhs):
+        # Shipped: equal shapes are walked through as well, number by number.
+        left, right = (t.type.shape.values if t.type.is_block() else None for t in (lhs, rhs))
+        return (lhs, rhs) if left == right else broadcast_as_shipped(self, lhs, rhs)
+
+    core.block_type.__init__ = block_type
+    core.tensor.__init__ = tensor
+    semantic.TritonSemantic.broadcast_impl_value = broadcast
+
+
+def _one_launch_at_a_time(executor) -> None:
+    launch, lock = executor.__call__, threading.RLock()
+
+    @functools.wraps(launch)
+    def locked(self, *args, **kwargs):
+        with lock:
+            return launch(self, *args, **kwargs)
+
+    executor.__call__ = locked
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

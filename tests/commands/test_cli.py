@@ -1,0 +1,200 @@
+"""harness/cli.py: each command's output and exit code; verdicts are made up where the case itself does not matter."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from harness import cli, device
+from harness.base.processes import ROOT
+from harness.problem import families
+from harness.results import known_failures
+from harness.results.file import Results
+from harness.results.verdict import Verdict
+
+CASE = "t4-h64-i64-e8-k2-bf16-limit7-kn-exact"
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """made_up(status, ...): what run_case answers."""
+
+    def set_to(status, **more):
+        def run(case, backend, device, family=""):
+            return Verdict(str(case), backend.name, str(device), status, family, **more)
+
+        monkeypatch.setattr("harness.commands.run.run_case", run)
+
+    return set_to
+
+
+def told(capsys, *arguments):
+    code = cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+# -- run --------------------------------------------------------------------------------------------------------------
+def test_run_tells_everything(made_up, capsys):
+    trace = {"launches": ["_gemm", "_gemm", "_combine"], "operators": 3, "allocated_bytes": 64}
+    made_up(
+        "failed", reason="off by one", report="off by one\n  token 0 is wrong\n", budget=2.5, statistic="rho",
+        budgets={"class": 0.0, "rho": 2.5}, plan="act=io", seconds=0.25, calls=2, trace=trace,
+    )  # fmt: skip
+    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    assert code == 1
+    assert (
+        out
+        == f"""\
+{CASE} on torch-grouped-mm, cpu
+  4 tokens of 64, top 2 of 8 experts of 64
+  bf16, unquantized
+  w13 8x128x64, layout kn; topk_ids int32, routing uniform
+  activation silu clamped at 7
+  fill exact, seed 0, scenario once
+failed: off by one
+  judged       2 calls in 0.25 s, oracle included
+  budget used  2.50 (class 0.00, rho 2.50); above 1 fails
+  plan         act=io
+  launched     _gemm x2, _combine
+  traced       3 operators, 64 allocated bytes
+
+  token 0 is wrong
+
+python3 -m harness run {CASE} --backend torch-grouped-mm --device cpu
+"""
+    )
+
+
+def test_run_a_kernel_of_ones_own_with_several_seeds(made_up, capsys, tmp_path, monkeypatch):
+    text = "class Mine:\n    name, devices = 'mine', {'cpu'}\n    def prepare(self, problem, layer): ..."
+    (tmp_path / "own_kernel.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    made_up("passed")
+    code, out, _ = told(capsys, "run", CASE + "-s5", "--backend", "own_kernel:Mine", "--seeds", "2", "--json")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [r["case"] for r in found] == [CASE + "-s5", CASE + "-s6"]
+    assert found[0]["environment"]["device"] == "cpu" and "--backend own_kernel:Mine " in found[0]["reproduce"]
+
+
+def test_run_says_that_an_unsupported_case_was_not_run_and_counts_seeds(made_up, capsys):
+    made_up("unsupported", reason="quant: bf16 only")
+    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm", "--seeds", "2")
+    assert code == 0 and out.count("\nunsupported, so it was not run: quant: bf16 only\n\n") == 2
+    assert out.endswith("\n\n2 seeds: 2 unsupported\n")
+
+
+def test_run_says_that_a_failure_is_known_and_is_red_still(made_up, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "ledger.toml"
+    path.write_text(f"""[[known]]
+backend = "torch-grouped-mm"
+cases = "{CASE}"
+says = "off by"
+found = "2026-11-23"
+shows = "{CASE}"
+why = "one is added"
+""")
+    monkeypatch.setattr(known_failures, "LEDGER", path)
+    made_up("failed", reason="off by one")
+    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    assert code == 1 and "\nfailed: off by one\n  known        one is added (found here 2026-11-23)\n" in out
+    made_up("failed", reason="NaN")
+    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    assert code == 1 and "known" not in out
+    path.write_text("[[unknown]]")
+    code, _, err = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    assert code == 2 and "every entry is a table [[known]]" in err
+
+
+def test_run_says_when_the_device_is_lost(monkeypatch, capsys):
+    def lost(*_, **__):
+        raise device.DeviceLost("cuda does not answer any more")
+
+    monkeypatch.setattr("harness.commands.run.run_case", lost)
+    code, _, err = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    assert code == 1 and err == "moe-harness: the device is lost: cuda does not answer any more\n"
+
+
+@pytest.mark.skipif("xpu" in device.present(), reason="there is an XPU")
+def test_run_emulates_an_absent_xpu_and_says_so(made_up, capsys):
+    made_up("passed")
+    code, out, _ = told(capsys, "run", CASE, "--backend", "triton-cached", "--device", "xpu")
+    assert code == 0 and out.startswith("xpu is EMULATED") and f"{CASE} on triton-cached, xpu (emulated)" in out
+    code, _, err = told(capsys, "run", CASE, "--backend", "triton", "--device", "xpu")
+    assert code == 2 and err.endswith("to be emulated, triton must set xpu_contract\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "t4-h64-q", "--backend", "triton"], "'t4-h64-q': no field is written 'q'; tokens look like: "),
+        (["run", CASE, "--backend", "nobody"], "--backend nobody: no such backend; known: triton, "),
+        (["run", CASE, "--backend", "triton", "--seeds", "0"], "--seeds 0: 1 or more"),
+        (["list", "--family", "none"], "--family none: one of "),
+        (["floor", "none.jsonl"], "none.jsonl: No such file or directory"),
+        pytest.param(
+            ["run", CASE, "--backend", "triton", "--device", "cuda"], "--device cuda: no CUDA device: ",
+            marks=pytest.mark.skipif("cuda" in device.present(), reason="there is a CUDA device"),
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_one_line(capsys, arguments, message):
+    code, out, err = told(capsys, *arguments)
+    assert code == 2 and out == "" and err.startswith("moe-harness: " + message) and err.count("\n") == 1
+
+
+# -- list and doctor --------------------------------------------------------------------------------------------------
+def test_list_counts_cases_and_gives_their_reasons(capsys):
+    module = next(m for m in families.families() if m.FAMILY == "layers")
+    rows = families.rows(module, on_cpu=True)
+    code, out, _ = told(capsys, "list")
+    line = next(line for line in out.splitlines() if line.startswith(module.FAMILY + " "))
+    assert code == 0 and f" {len(rows)} cases" in line and " cases on cpu" in out.splitlines()[-1]
+    _, out, _ = told(capsys, "list", "--family", module.FAMILY, "--why")
+    assert out.splitlines() == [f"{row.case}  {row.why}" for row in rows]
+    _, out, _ = told(capsys, "list", "--family", module.FAMILY, "--backend", "triton-cached")
+    assert 0 < int(out.split()[1]) < len(rows) and "for triton-cached" in out
+
+
+def test_doctor():
+    done = subprocess.run([sys.executable, "-m", "harness", "doctor"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("python ") and lines[1].startswith("torch ")
+    assert any(line.startswith("cpu: ") for line in lines)
+    assert any(line.split()[:1] == ["torch-grouped-mm"] for line in lines)
+    for name in set(device.DEVICES) - set(device.present()):
+        assert f"{name}: {device.why_absent(name)}" in lines
+
+
+# -- verify and floor -------------------------------------------------------------------------------------------------
+def test_verify_is_one_pytest_a_device_and_gives_the_worst_code(monkeypatch, capsys):
+    ran, codes = [], {"cpu": 0, "cuda": 1, "xpu": -11}
+
+    def run(command, env):
+        ran.append(command)
+        name = next(c for c in command if c.startswith("--device=")).partition("=")[2]
+        return subprocess.CompletedProcess(command, codes[name])
+
+    monkeypatch.setattr(device, "present", lambda: ("cpu", "cuda"))
+    monkeypatch.setattr(subprocess, "run", run)
+    code, out, _ = told(capsys, "verify", "--backend", "triton", "--jobs", "3", "--", "-x", "-q")
+    assert code == 1 and len(ran) == 2 and "moe-harness: cuda: pytest ended with 1" in out
+    assert ran[0][:3] == [sys.executable, "-m", "pytest"]
+    assert {"--device=cpu", "--backend=triton", "--dist=worksteal", f"--floor={ROOT}/cases/floor.toml"} <= set(ran[0])
+    assert ran[0][-3:] == [str(ROOT / "cases"), "-x", "-q"]
+    assert any(c.startswith("--results=results/") and c.endswith("-cpu.jsonl") for c in ran[0])
+    assert cli.main(["verify", "--device", "xpu"]) == 128 + 11
+
+
+def test_floor_prints_a_file(tmp_path, capsys):
+    file = Results(tmp_path / "r.jsonl", "abc")
+    for _ in range(10):
+        file.append(Verdict(CASE, "triton", "cpu", "passed").record())
+    file.close()
+    with (tmp_path / "r.jsonl").open("a") as cut:
+        cut.write('{"sch')
+    code, out, err = told(capsys, "floor", str(tmp_path / "r.jsonl"))
+    assert code == 0 and out.endswith("\n[cpu]\ntriton = 9\n") and "left out, the line is cut off" in err

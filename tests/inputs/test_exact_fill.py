@@ -1,0 +1,142 @@
+"""The exact fill is exact, and not vacuous: whatever is dropped shows in many outputs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from harness.inputs.draw import draw
+from harness.oracle.experts import exact_output, oracle_experts
+from harness.problem.case import Case
+from harness.problem.exactness import inexact
+from reference.formats import decode, fmt, round_to
+from reference.moe import forward
+
+PROBLEMS = [
+    "t16-h256-i128-e8-k2-bf16",
+    "t16-h64-i64-e4-k1-bf16",
+    "t9-h320-i136-e8-k8-bf16-bias",
+    "t16-h256-i128-e8-k2-fp16-gelu",
+    "t16-h256-i128-e8-k1-bf16-win-bias",
+    "t16-h256-i128-e8-k2-bf16-relu2-bias",
+    "t16-h256-i256-e8-k2-bf16-swigluoai-limit128-bias",
+    "t16-h384-i320-e4-k2-bf16-e4m3.block.group",
+    "t16-h384-i320-e4-k2-bf16-e5m2.block.group",
+    "t16-h384-i320-e4-k8-bf16-e4m3.channel.token".replace("e4-", "e8-", 1),
+    "t16-h256-i320-e4-k1-bf16-e4m3.tensor.tensor-win",
+    "t16-h256-i128-e4-k2-bf16-e4m3.tensor.static-bias",
+    "t12-h2048-i128-e4-k2-bf16",
+]
+
+
+def stages_of(text: str, seed: int = 0):
+    given = draw(Case.parse(f"{text}-s{seed}-exact"))
+    experts = oracle_experts(given.layer)
+    return given, experts, forward(decode(given.hidden_states), given.topk_weights.double(), given.topk_ids, experts)
+
+
+def settled(value):
+    """A gate that is off leaves less than float32's smallest number: zero in every kernel, not quite in float64."""
+    return torch.where(value.abs() < 1e-45, 0.0, value)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("text", PROBLEMS)
+def test_every_value_on_the_way_is_representable(text, seed):
+    """h, a, each slot and each partial sum over top_k in the io dtype; where it is quantized, in e4m3."""
+    given, _, stages = stages_of(text, seed)
+    io = given.case.problem.dtype
+    for name in ("h", "a", "y"):
+        value = settled(getattr(stages, name))
+        assert torch.equal(round_to(value, io), value), name
+    slots = settled(stages.y * stages.weight[:, None])
+    assert torch.equal(round_to(slots, io), slots)
+    largest = torch.zeros_like(stages.out).index_add_(0, stages.token, slots.abs())
+    unit = slots[slots.abs() > 1e-30].abs().min()
+    assert float(largest.max() / unit) <= 2 ** fmt(io).precision * 4
+    for ratio in (stages.x_ratio, stages.a_ratio):
+        if ratio is not None:
+            assert torch.equal(round_to(settled(ratio), "e4m3"), settled(ratio))
+
+
+@pytest.mark.parametrize("text", PROBLEMS)
+def test_dynamic_scales_are_powers_of_two(text):
+    _, _, stages = stages_of(text)
+    for scale in (stages.x_scale, stages.a_scale):
+        if scale is not None:
+            assert bool((torch.frexp(scale)[0] == 0.5).all())
+
+
+def changed(text: str, spoil) -> float:
+    """The share of outputs that differ when `spoil` changes the inputs."""
+    given = draw(Case.parse(f"{text}-exact"))
+    right = exact_output(given)
+    other = spoil(replace(given, layer=replace(given.layer, w13=given.layer.w13.clone(), w2=given.layer.w2.clone())))
+    return float((exact_output(other or given) != right).double().mean())
+
+
+def drop_column(given, column):
+    x = given.hidden_states.clone()
+    x[:, column] = 0
+    return replace(given, hidden_states=x)
+
+
+def test_not_vacuous(capsys):
+    """Dropping a K column, I column, block, slot or expert, or swapping neighbours, changes a stated share at least."""
+    text = "t16-h256-i128-e8-k2-bf16"
+    # The two class columns matter to half of the tokens each, every other column to nearly all outputs.
+    columns = torch.randperm(256, generator=torch.Generator().manual_seed(0))[:24].tolist()
+    shares = {"one K column (least of 24)": min(changed(text, lambda g, c=c: drop_column(g, c)) for c in columns)}
+
+    def zero(tensor, index):
+        def spoil(given):
+            getattr(given.layer, tensor)[index] = 0
+            return given
+
+        return spoil
+
+    inner = [changed(text, zero("w2", (slice(None), slice(None), i))) for i in range(0, 128, 8)]
+    shares["one I column (mean of 16)"] = sum(inner) / len(inner)
+    shares["w2 block of 128 output columns"] = changed(text, zero("w2", (slice(None), slice(0, 128))))
+    shares["w13 block of 64 rows"] = changed(text, zero("w13", (slice(None), slice(0, 64))))
+    shares["one expert"] = changed(text, zero("w2", 3))
+    shares["a slot"] = changed(
+        text, lambda g: replace(g, topk_ids=torch.cat([g.topk_ids[:, :1], g.topk_ids[:, 1:] * 0 - 1], 1))
+    )
+    shares["neighbour expert"] = changed(text, lambda g: replace(g, topk_ids=(g.topk_ids + 1) % 8))
+    shares["weight twice"] = changed(text, lambda g: replace(g, topk_weights=g.topk_weights**2))
+    with capsys.disabled():
+        print("\n" + "\n".join(f"  {name:<32} changes {share:6.1%} of the outputs" for name, share in shares.items()))
+    least = {
+        "one K column (least of 24)": 0.45, "one I column (mean of 16)": 0.02, "w2 block of 128 output columns": 0.4,
+        "w13 block of 64 rows": 0.5, "one expert": 0.1, "a slot": 0.8, "neighbour expert": 0.9, "weight twice": 0.3,
+    }  # fmt: skip
+    assert {name: share for name, share in shares.items() if share < least[name]} == {}
+
+
+def test_a_16_bit_accumulator_shows():
+    """Ramp tokens drive a bf16 accumulator over its integers; float32 and a 14-bit one stay exact."""
+    given = draw(Case.parse("t16-h2048-i64-e2-k1-bf16-exact"))
+    x, w = given.hidden_states.double(), given.layer.w13[0].double()
+    exact = x @ w.T
+    running, peak = torch.zeros_like(exact), torch.zeros_like(exact)
+    for k in range(0, 2048, 32):
+        step = x[:, k : k + 32] @ w[:, k : k + 32].T
+        running = round_to(running + step, "bf16")
+        peak = torch.maximum(peak, (x[:, : k + 32] @ w[:, : k + 32].T).abs())
+    assert float((running != exact).double().mean()) > 0.02
+    assert float(peak.max()) < 2**24
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("t4-h64-i32-e4-k2-bf16-swigluoai", "does not saturate"),
+        ("t4-h64-i32-e4-k2-bf16-limit7", "clamp at 7"),
+        ("t4-h128-i128-e4-k2-bf16-e4m3.block.group-relu2", "relu2"),
+        ("t4-h16-i32-e4-k2-bf16", "hidden_size >= 32"),
+    ],
+)
+def test_where_no_exact_fill_exists_the_reason_is_said(text, reason):
+    said = inexact(Case.parse(text).problem)
+    assert said is not None and said.startswith("fill: ") and reason in said

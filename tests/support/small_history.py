@@ -1,0 +1,91 @@
+"""Git histories of one small file, and workers that read from it what they would have measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from harness.perf.versions.checkout import CannotBuild, Checkouts, WorkerError
+from tests.support.demo_repository import git
+
+
+def make(repository: Path, states: list[dict], merges: dict[int, int] | None = None) -> list[str]:
+    """A commit for each state, in a line; merges: commit -> its second parent, whose parent is then the first commit's
+    predecessor in the line. Returns the full names."""
+    repository.mkdir(parents=True, exist_ok=True)
+    git(repository, "init", "-q", "-b", "main")
+    stream = []
+    for number, state in enumerate(states):
+        text, subject = json.dumps(state), state.get("subject", f"commit {number}")
+        parent = state.get("parent", number - 1)
+        stream += ["commit refs/heads/main", f"mark :{number + 1}"]
+        stream += [f"author D <d@d> {1750000000 + number} +0000"]
+        stream += [f"committer D <d@d> {1750000000 + number} +0000", f"data {len(subject)}", subject]
+        stream += [f"from :{parent + 1}"] if number else []
+        stream += [f"merge :{merges[number] + 1}"] if merges and number in merges else []
+        stream += ["M 100644 inline state.json", f"data {len(text)}", text, ""]
+    marks = repository / ".git" / "marks"
+    subprocess.run(
+        ["git", "fast-import", "--quiet", "--force", f"--export-marks={marks}"], cwd=repository, check=True,
+        input="\n".join(stream).encode(),
+    )  # fmt: skip
+    names = dict(line.split() for line in marks.read_text().splitlines())
+    git(repository, "reset", "-q", "--hard")
+    return [names[f":{number + 1}"] for number in range(len(states))]
+
+
+class FakeCheckouts(Checkouts):
+    """Checkouts of a small history. Times have 2 % noise; `asked` lists (commit, question), `interrupt` ends it all."""
+
+    def __init__(self, repo: Path, build: str | None = None, interrupt: int | None = None, seed: int = 0) -> None:
+        super().__init__(repo, build)
+        self.asked: list[tuple[str, str]] = []
+        self.started: list[str] = []
+        self.interrupt = interrupt
+        self.random = np.random.default_rng(seed)
+
+    def __enter__(self) -> FakeCheckouts:
+        return self
+
+    def worker(self, commit: str, device: str) -> FakeWorker:  # type: ignore[override]
+        state = json.loads(self.git("show", f"{commit}:state.json").stdout)
+        if "cannot_build" in state:
+            raise CannotBuild(commit, state["cannot_build"], "")
+        self.started.append(commit)
+        return FakeWorker(self, commit, state)
+
+
+class FakeWorker:
+    def __init__(self, checkouts: FakeCheckouts, commit: str, state: dict) -> None:
+        self.checkouts, self.commit, self.state = checkouts, commit, state
+        self.closed = False
+
+    def ask(self, question: str, **fields) -> dict:
+        checkouts = self.checkouts
+        assert not self.closed and fields["case"] and fields["backend"]
+        if checkouts.interrupt is not None and len(checkouts.asked) >= checkouts.interrupt:
+            raise KeyboardInterrupt
+        checkouts.asked.append((self.commit, question))
+        if "error" in self.state:
+            raise WorkerError(*self.state["error"])
+        if question == "verdict":
+            return {"status": self.state.get("status", "passed"), "reason": self.state.get("reason", "")}
+        if question == "structure":
+            if self.state.get("status", "passed") != "passed":
+                raise WorkerError("incorrect", f"{self.state['status']}: {self.state['reason']}")
+            counts = {name: self.state.get(name, 1) for name in COUNTED}
+            return {"metrics": counts, "kernels": self.state.get("kernels", ["_gemm[1]"])}
+        noise = np.exp(0.02 * checkouts.random.normal(size=fields["samples"]))
+        return {"samples": [float(self.state["us"] * factor) for factor in noise]}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+COUNTED = (
+    "launches", "programs", "operators", "allocations", "allocated_bytes", "copies_h2d", "copies_d2h", "syncs",
+    "python_calls", "tensor_core",
+)  # fmt: skip
