@@ -40,7 +40,7 @@ def pick(options: Sequence[Any]) -> Any:
     return place(len(options)).map(lambda place: options[place - FAR])
 
 
-def simplest(
+def find_minimal(
     strategy: Any, ask: Callable[[Any], T | None], *, seed: int, examples: int, shrinks: int
 ) -> tuple[Any, T] | None:
     """(example, what ask() told of it) for the simplest example of a strategy that fails, or None.

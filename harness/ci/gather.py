@@ -22,7 +22,7 @@ from typing import Any
 from harness.base.text import cut, number
 from harness.ci import annotate, matrix
 from harness.ci.annotate import Annotation
-from harness.ci.matrix import MatrixError, Row
+from harness.ci.matrix import MatrixError, MatrixRow
 from harness.results import summary
 from harness.results.file import ResultsError
 from harness.results.floor import UPDATE
@@ -77,7 +77,7 @@ def executed(row: str, records: Iterable[Record]) -> Counter[str]:
     return Counter(r["backend"] for r in records if r.get("row") == row and r["status"] not in NOT_EXECUTED)
 
 
-def below_floor(row: Row, records: Iterable[Record]) -> list[str]:
+def below_floor(row: MatrixRow, records: Iterable[Record]) -> list[str]:
     """One line for every backend that executed less than the row's floor."""
     ran = executed(row.name, records)
     return [
@@ -87,7 +87,7 @@ def below_floor(row: Row, records: Iterable[Record]) -> list[str]:
     ]
 
 
-def problems(records: list[Record], due: dict[str, list[str]], rows: dict[str, Row]) -> list[str]:
+def problems(records: list[Record], due: dict[str, list[str]], rows: dict[str, MatrixRow]) -> list[str]:
     """Everything wrong that is no verdict: absent shards, rows below their floor, rows that are not in matrix.toml."""
     found = absent(due, records)
     for name in due:
@@ -96,7 +96,7 @@ def problems(records: list[Record], due: dict[str, list[str]], rows: dict[str, R
 
 
 # -- the summary ------------------------------------------------------------------------------------------------------
-def overview(records: list[Record], due: dict[str, list[str]], rows: dict[str, Row]) -> list[tuple[str, ...]]:
+def overview(records: list[Record], due: dict[str, list[str]], rows: dict[str, MatrixRow]) -> list[tuple[str, ...]]:
     """A line for each row of the matrix, the head first."""
     lines: list[tuple[str, ...]] = [
         ("row", "shards", "passed", "failed", "mistrusted", "unsupported", "executed", "floor")

@@ -40,7 +40,7 @@ class MatrixError(Exception):
 
 
 @dataclass(frozen=True)
-class Row:
+class MatrixRow:
     """One row; the words are explained at the top of matrix.toml."""
 
     name: str
@@ -67,7 +67,7 @@ class Row:
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
-def read(path: Path | None = None) -> dict[str, Row]:
+def read(path: Path | None = None) -> dict[str, MatrixRow]:
     """The rows by name, in the order of the file (matrix.toml). MatrixError says what is wrong with it."""
     path = path or PATH
     tables = toml.read(path, MatrixError)
@@ -76,7 +76,7 @@ def read(path: Path | None = None) -> dict[str, Row]:
     return {name: _row(name, table, path) for name, table in tables.items()}
 
 
-def _row(name: str, table: Any, path: Path) -> Row:
+def _row(name: str, table: Any, path: Path) -> MatrixRow:
     def wrong(key: str, valid: str) -> MatrixError:
         return MatrixError(f"{path.name}: [{name}] {key}={table[key]!r}: {valid}")
 
@@ -90,7 +90,7 @@ def _row(name: str, table: Any, path: Path) -> Row:
         valid, words = VALID[key]
         if not valid(value):
             raise wrong(key, words)
-    for f in fields(Row):
+    for f in fields(MatrixRow):
         if f.name in VALID and f.default is MISSING and f.default_factory is MISSING and f.name not in table:
             raise MatrixError(f"{path.name}: [{name}] has no {f.name}: {VALID[f.name][1]}")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
@@ -109,7 +109,7 @@ def _row(name: str, table: Any, path: Path) -> Row:
         values["floor"] = {backend: n for backend, n in whole.items() if not only or backend in only}
     if not any(values["floor"].values()):
         raise wrong("floor", "demands nothing: a row that tests nothing would be green")
-    return Row(name, **values)
+    return MatrixRow(name, **values)
 
 
 def _words(value: Any) -> bool:
@@ -150,7 +150,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
 }  # fmt: skip
 
 
-def of(name: str, rows: dict[str, Row]) -> Row:
+def row_named(name: str, rows: dict[str, MatrixRow]) -> MatrixRow:
     if name not in rows:
         raise MatrixError(f"{name}: no such row; one of {', '.join(rows)}")
     return rows[name]
@@ -165,16 +165,16 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def takes_part(row: Row, when: str, runners: Iterable[str]) -> bool:
+def takes_part(row: MatrixRow, when: str, runners: Iterable[str]) -> bool:
     """Whether a row runs on this occasion, where self-hosted runners with these labels are registered."""
     return when in row.when and row.own_labels <= set(runners)
 
 
-def jobs(rows: Iterable[Row]) -> dict[str, Any]:
+def jobs(rows: Iterable[MatrixRow]) -> dict[str, Any]:
     """What GitHub's strategy.matrix takes: a job for every shard, and one for every row that compares."""
     rows = list(rows)
 
-    def job(row: Row, **more: Any) -> dict[str, Any]:
+    def job(row: MatrixRow, **more: Any) -> dict[str, Any]:
         return {"row": row.name, "runner": list(row.runner), "python": row.python, "minutes": row.minutes, **more}
 
     shards = [
@@ -186,7 +186,7 @@ def jobs(rows: Iterable[Row]) -> dict[str, Any]:
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
-def pytest_command(row: Row, shard: str, path: Path, more: Iterable[str] = ()) -> list[str]:
+def pytest_command(row: MatrixRow, shard: str, path: Path, more: Iterable[str] = ()) -> list[str]:
     """What runs one shard and appends its verdicts to the results file `path`."""
     device = row.device.removesuffix("-emulated")
     command = pytest_words(device, path)
@@ -198,18 +198,18 @@ def pytest_command(row: Row, shard: str, path: Path, more: Iterable[str] = ()) -
     return [*command, *spread(row), *row.options, str(ROOT / "cases"), *more]
 
 
-def spread(row: Row) -> list[str]:
+def spread(row: MatrixRow) -> list[str]:
     """On the CPU, a worker process for every core; on a GPU the plugin chooses; what is timed runs alone."""
     alone = row.device in ("cuda", "xpu") or "perf" in row.markers
     return [] if alone else workers()
 
 
-def variables(row: Row, shard: str) -> dict[str, str]:
+def variables(row: MatrixRow, shard: str) -> dict[str, str]:
     """What the environment of a shard holds besides."""
     return {**row.environment, ROW: row.name, SHARD: shard}
 
 
-def install_commands(row: Row, venv: str = ".venv") -> list[list[str]]:
+def install_commands(row: MatrixRow, venv: str = ".venv") -> list[list[str]]:
     """What makes the virtual environment of a row. Without a Python of its own, the machine's packages stay as they
     are (a torch built for its GPU) and the rest is added. The packages under test come alone: many
     would bring a torch of their own."""
@@ -238,13 +238,13 @@ def plain(args: argparse.Namespace) -> int:
     if args.install:
         if not args.row:
             raise MatrixError(f"--install: of which row? one of {', '.join(rows)}")
-        for command in install_commands(of(args.row, rows), args.venv):
+        for command in install_commands(row_named(args.row, rows), args.venv):
             print(f"moe-harness: {shlex.join(command)}", flush=True)
             if code := subprocess.run(command, cwd=ROOT).returncode:
                 return code
         return 0
     chosen = []
-    for row in [of(args.row, rows)] if args.row else rows.values():
+    for row in [row_named(args.row, rows)] if args.row else rows.values():
         runners = row.own_labels if args.runners is None else args.runners.replace(",", " ").split()
         if takes_part(row, args.when or row.when[0], runners):
             chosen.append(row)

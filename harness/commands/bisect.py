@@ -16,7 +16,7 @@ from harness.base.errors import UserError
 from harness.base.processes import ROOT
 from harness.device import DEVICES
 from harness.perf.bisect.log import Log
-from harness.perf.bisect.measure import Bench
+from harness.perf.bisect.measure import WorkerPool
 from harness.perf.metrics import METRICS, TARGETS, TIMED
 from harness.problem.case import Case, DescriptorError
 
@@ -44,19 +44,19 @@ def register(add: Callable[..., Any]) -> None:
 def bisect(args: argparse.Namespace) -> int:
     """0 found, 1 nothing to be found, 3 stopped by the budget before the answer was certain."""
     _validate(args)
-    from harness.perf.bisect.measure import Bench
+    from harness.perf.bisect.measure import WorkerPool
     from harness.perf.versions.checkout import Checkouts, ended_by_sigterm
 
     with ended_by_sigterm(), Checkouts(args.repo or ROOT, build=args.build) as checkouts:
-        return carry_out(args, Bench(checkouts, args.device))
+        return carry_out(args, WorkerPool(checkouts, args.device))
 
 
-def carry_out(args: argparse.Namespace, bench: Bench) -> int:
+def carry_out(args: argparse.Namespace, bench: WorkerPool) -> int:
     """The search, told as it goes, with workers that the caller ends."""
     from harness.perf.bisect.bisect import Refused, bisect, choose_metric
     from harness.perf.bisect.history import History
     from harness.perf.bisect.log import Log, default_path
-    from harness.perf.bisect.measure import Gauge, Question
+    from harness.perf.bisect.measure import Measurements, MetricRequest
     from harness.perf.bisect.report import Command, told
 
     resolve = bench.checkouts.resolve
@@ -67,8 +67,8 @@ def carry_out(args: argparse.Namespace, bench: Bench) -> int:
         _greet(log)
         # Until a metric is chosen, any structural one stands for the structure that is measured to choose it.
         metric = METRICS[args.metric or "launches"]
-        gauge = Gauge(
-            Question(args.descriptor, args.backend, args.device, metric, args.target), bench, log, history.good
+        gauge = Measurements(
+            MetricRequest(args.descriptor, args.backend, args.device, metric, args.target), bench, log, history.good
         )
         try:
             if args.metric is None:

@@ -16,7 +16,7 @@ from harness.base.text import cut
 from harness.device import DEVICES, ready
 from harness.run import capabilities
 from harness.run.capabilities import CORNERS, WORDS, Finding
-from harness.run.isolated import Apart
+from harness.run.isolated import IsolatedRunner
 
 
 def register(add: Callable[..., Any]) -> None:
@@ -44,7 +44,7 @@ def command(args: argparse.Namespace) -> int:
             print(*[""] * bool(n), f"{backend.name} on {device}", sep="\n", flush=True)
         counts: Counter[str] = Counter()
         refused: dict[str, list[str]] = defaultdict(list)
-        with Apart(spec, device) as apart:
+        with IsolatedRunner(spec, device) as apart:
             for found in capabilities.findings(backend, device, apart.run, args.corner or CORNERS):
                 counts[found.word] += 1
                 if args.json:

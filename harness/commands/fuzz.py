@@ -49,7 +49,7 @@ def fuzz(args: argparse.Namespace) -> int:
 
     from harness.run.fuzz import SEQUENCES, Space
     from harness.run.fuzz import fuzz as search
-    from harness.run.isolated import Apart, Broken
+    from harness.run.isolated import Broken, IsolatedRunner
 
     most = most or _bytes(ON_CPU if device.on_cpu else ON_GPU)
     seed = args.seed if args.seed is not None else secrets.randbelow(2**32)
@@ -57,7 +57,7 @@ def fuzz(args: argparse.Namespace) -> int:
     again += " --sequences" if args.sequences else ""
     print(f"moe-harness: {backend.name} on {device}, seed {seed}", flush=True)
     try:
-        with Apart(args.backend, device) as apart:
+        with IsolatedRunner(args.backend, device) as apart:
             told = search(
                 apart, SEQUENCES if args.sequences else Space(), seed=seed, seconds=args.seconds, most=most,
                 examples=args.examples, progress=_progress,

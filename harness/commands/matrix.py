@@ -17,7 +17,7 @@ from harness.base.errors import UserError
 from harness.base.processes import ROOT, environment, exit_code
 from harness.base.text import number
 from harness.ci import matrix
-from harness.ci.matrix import MatrixError, Row
+from harness.ci.matrix import MatrixError, MatrixRow
 from harness.results.file import ResultsError
 
 
@@ -57,7 +57,7 @@ def command(args: argparse.Namespace) -> int:
         if not args.row:
             print("\n".join(_table(list(rows.values()))))
             return 0
-        row = matrix.of(args.row, rows)
+        row = matrix.row_named(args.row, rows)
         return _compare(row, *args.compare) if args.compare else _run(row, args)
     except (MatrixError, ResultsError) as error:
         raise UserError(str(error)) from error
@@ -75,7 +75,7 @@ def _durations(paths: list[str]) -> int:
 
 
 # -- the list ---------------------------------------------------------------------------------------------------------
-def _table(rows: list[Row]) -> list[str]:
+def _table(rows: list[MatrixRow]) -> list[str]:
     lines: list[tuple[str, ...]] = [
         ("row", "runner", "device", "markers", "shards", "minutes", "when", "floor", "here")
     ]
@@ -92,7 +92,7 @@ def _table(rows: list[Row]) -> list[str]:
     return [*table, *(f"not here: {', '.join(names)}: {reason}" for reason, names in why.items())]
 
 
-def absent(row: Row) -> str:
+def absent(row: MatrixRow) -> str:
     """Why the row cannot run on this machine, or ""."""
     if row.device == "xpu-emulated":
         return "an XPU is here, nothing is emulated" if "xpu" in devices.present() else ""
@@ -100,7 +100,7 @@ def absent(row: Row) -> str:
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------
-def _run(row: Row, args: argparse.Namespace) -> int:
+def _run(row: MatrixRow, args: argparse.Namespace) -> int:
     if reason := absent(row):
         raise UserError(f"{row.name} cannot run here: {reason}")
     shard = args.shard or "1/1"
@@ -120,7 +120,7 @@ def _run(row: Row, args: argparse.Namespace) -> int:
     return max(code, _below_floor(row, path))
 
 
-def _below_floor(row: Row, path: Path) -> int:
+def _below_floor(row: MatrixRow, path: Path) -> int:
     from harness.ci import gather
     from harness.results.merge import merge
 
@@ -130,7 +130,7 @@ def _below_floor(row: Row, path: Path) -> int:
     return 1 if problems else 0
 
 
-def _compare(row: Row, base: str, head: str) -> int:
+def _compare(row: MatrixRow, base: str, head: str) -> int:
     if row.compare is None:
         raise UserError(f"{row.name}: compares nothing (no key compare in matrix.toml)")
     words = [sys.executable, "-m", "harness", "compare", base, head]

@@ -24,14 +24,14 @@ STEPS_EXACT = (0.0, *(float(2.0**n) for n in range(-6, 1)))
 UNITS = {"sigma": "predicted standard deviations of the element", "rms": "root mean square of the expected output"}
 
 
-def of(judgement: Judgement, given: Inputs) -> dict[str, Any]:
+def of(judgement: Judgement, inputs: Inputs) -> dict[str, Any]:
     """The map of one judged call; {} if the output has no element."""
     assert judgement.wrong is not None and judgement.got is not None and judgement.expected is not None
-    tensors = (judgement.got, judgement.expected, judgement.wrong, judgement.sigma, given.layer.expert_map)
+    tensors = (judgement.got, judgement.expected, judgement.wrong, judgement.sigma, inputs.layer.expert_map)
     got, expected, wrong, sigma, experts = (None if t is None else t.cpu() for t in tensors)
     assert got is not None and expected is not None and wrong is not None
     return error_map(
-        got, expected, wrong, sigma, local_experts(given.topk_ids.cpu(), given.case.problem.num_experts, experts)
+        got, expected, wrong, sigma, local_experts(inputs.topk_ids.cpu(), inputs.case.problem.num_experts, experts)
     )
 
 

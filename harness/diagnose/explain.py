@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.diagnose.match import Naming
+from harness.diagnose.match import Match
 from harness.diagnose.patterns import Where, count, patterns, runs
 from harness.inputs.draw import Inputs
 from harness.oracle.judge import Judgement
@@ -16,13 +16,13 @@ SHOWN = 6
 
 
 def explain(
-    judgement: Judgement, given: Inputs, what: str = "", naming: Naming | None = None, stage: str = ""
+    judgement: Judgement, inputs: Inputs, what: str = "", naming: Match | None = None, stage: str = ""
 ) -> tuple[str, str]:
     """(one line, the whole report). naming: what the output is like; stage: what is said of the stages."""
     assert judgement.wrong is not None and judgement.got is not None and judgement.expected is not None
     wrong = judgement.wrong.cpu()
-    problem = given.case.problem
-    experts = local_experts(given.topk_ids.cpu(), problem.num_experts, _cpu(given.layer.expert_map))
+    problem = inputs.case.problem
+    experts = local_experts(inputs.topk_ids.cpu(), problem.num_experts, _cpu(inputs.layer.expert_map))
     where = Where(wrong, wrong.any(1), wrong.any(0), experts)
     found_patterns = list(patterns(judgement, where))
     over = [f"{name} {_share(used)}" for name, used in judgement.budgets.items() if not used <= 1]

@@ -23,31 +23,31 @@ MOST = 25  #: failures of one backend that a process diagnoses: where everything
 _diagnosed: Counter[str] = Counter()
 
 
-def remember(past: match.Past, given: Inputs, judgement: Judgement) -> match.Past:
+def remember(past: match.Past, inputs: Inputs, judgement: Judgement) -> match.Past:
     """The last calls, this one included. What the backend was handed is let go: who frees weights may look whether
     they are gone."""
-    if judgement.got is None or not match.affordable(given):
+    if judgement.got is None or not match.affordable(inputs):
         return past
-    return [*past[1 - REMEMBERED :], (replace(given, handed=given.layer), judgement.got.cpu())]
+    return [*past[1 - REMEMBERED :], (replace(inputs, backend_layer=inputs.layer), judgement.got.cpu())]
 
 
 def failure(
-    backend: Any, plans: list[RoundingPlan], judgement: Judgement, given: Inputs, what: str = "",
+    backend: Any, plans: list[RoundingPlan], judgement: Judgement, inputs: Inputs, what: str = "",
     call: Callable[..., Tensor] | None = None, past: match.Past | None = None,
 ) -> Failed:  # fmt: skip
     """The failure of a judged call, explained. call: what returned the output, if it can be called again; past: calls
     before it, the last one last."""
     naming, stage, said = None, "", ""
-    if match.affordable(given) and _diagnosed[backend.name] < MOST:
+    if match.affordable(inputs) and _diagnosed[backend.name] < MOST:
         _diagnosed[backend.name] += 1
         # An exact fill is judged without a plan: any that the backend may follow will do.
         fitting = [p for p in plans if str(p) == judgement.plan] or plans[:1]
-        naming = match.name(judgement, given, fitting, past)
+        naming = match.match(judgement, inputs, fitting, past)
         if call is not None and judgement.got is not None:
             coarse = next((p for p in plans if p.accumulator.bits is not None), fitting[0])
-            stage, said = localise(backend, call, given, coarse, judgement.got)
-    summary, report = explain.explain(judgement, given, what, naming, said)
-    return Failed(summary, report, error_map.of(judgement, given), naming.cause if naming else "", stage)
+            stage, said = localise(backend, call, inputs, coarse, judgement.got)
+    summary, report = explain.explain(judgement, inputs, what, naming, said)
+    return Failed(summary, report, error_map.of(judgement, inputs), naming.cause if naming else "", stage)
 
 
 class Failed(Exception):

@@ -57,20 +57,20 @@ class Deviation:
 
 
 def localise(
-    backend: Any, call: Callable[..., Tensor], given: Inputs, plan: RoundingPlan, got: Tensor
+    backend: Any, call: Callable[..., Tensor], inputs: Inputs, plan: RoundingPlan, got: Tensor
 ) -> tuple[str, str]:
     """(the stage that is at fault or "", one line about it or ""), from a replay of a call that returned `got` [T, K].
 
     "" and "" for backends that expose no stages, and with shared experts, which are nobody's slot.
     """
-    if not hasattr(backend, "stages") or given.case.problem.shared_experts:
+    if not hasattr(backend, "stages") or inputs.case.problem.shared_experts:
         return "", ""
     try:
         with Tracing():  # as in the call itself, memory that nobody wrote is full of NaN
-            seen = backend.stages(call, given.hidden_states, given.topk_weights, given.topk_ids)
+            seen = backend.stages(call, inputs.hidden_states, inputs.topk_weights, inputs.topk_ids)
     except Exception as error:  # it is the kernel's, and said; the verdict was reached without it
         return "", f"not localised: the replay raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    found = first_wrong({name: value.cpu() for name, value in seen.items()}, given, plan)
+    found = first_wrong({name: value.cpu() for name, value in seen.items()}, inputs, plan)
     same = "out" in seen and torch.equal(raw(decode(seen["out"].cpu())), raw(got.cpu()))
     again = "" if same else "; the replay returned another output than the call"
     if found is None:
@@ -78,9 +78,9 @@ def localise(
     return found.stage, f"first wrong: {found}{again}"
 
 
-def first_wrong(seen: dict[str, Tensor], given: Inputs, plan: RoundingPlan) -> Deviation | None:
+def first_wrong(seen: dict[str, Tensor], inputs: Inputs, plan: RoundingPlan) -> Deviation | None:
     """The first stage whose recorded output [P, ...] does not follow from its recorded input."""
-    o = Oracle(given, plan)
+    o = Oracle(inputs, plan)
     for stage in (_alignment, _permutation, _quantization, _gemm_1, _activation, _requantization, _gemm_2, _combine):
         if found := stage(_Recorded(o, seen)):
             return found

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from harness.backend import Layer
-from harness.diagnose.faults import BANK, Suspect
+from harness.diagnose.faults import FAULTS, Fault
 from harness.inputs.draw import Inputs
 from harness.oracle.deviation import Expected
 from harness.oracle.judge import Judgement, judge
@@ -38,7 +38,7 @@ Past = list[tuple[Inputs, Tensor]]  #: earlier calls and what they returned, [T,
 
 
 @dataclass(frozen=True)
-class Naming:
+class Match:
     """What a wrong output is like."""
 
     how: str
@@ -66,40 +66,40 @@ class _Fit:
     rows: int = 0  #: in which it was taken; 0: in all
 
 
-def affordable(given: Inputs) -> bool:
+def affordable(inputs: Inputs) -> bool:
     """Whether the bank can be asked: some 300 answers, each a pass of the oracle on the CPU."""
-    p = given.case.problem
+    p = inputs.case.problem
     rows = p.w13_rows + p.intermediate_size
     experts, pairs = p.local_experts + p.shared_experts, p.tokens * (p.top_k + p.shared_experts)
     return experts * rows * p.hidden_size <= MOST_WEIGHTS and pairs * rows * p.hidden_size <= MOST_WORK
 
 
-def name(
-    judgement: Judgement, given: Inputs, plans: Iterable[RoundingPlan], earlier: Past | None = None
-) -> Naming | None:
+def match(
+    judgement: Judgement, inputs: Inputs, plans: Iterable[RoundingPlan], earlier: Past | None = None
+) -> Match | None:
     """What the wrong output is like; None if it is like nothing known, right, or too large to ask.
 
     plans: those that the output was judged under, or may have been; earlier: calls before this one, the last one last.
     """
     assert judgement.got is not None and judgement.wrong is not None and judgement.expected is not None
-    if judgement.passed or not affordable(given):
+    if judgement.passed or not affordable(inputs):
         return None
-    asked = {**stale(earlier or []), **BANK}  # where a call before may explain it, it explains it best
+    asked = {**stale(earlier or []), **FAULTS}  # where a call before may explain it, it explains it best
     got = judgement.got.cpu()
-    if given.case.fill == "exact":
-        found = _equal(got, judgement.expected.cpu(), Oracle(given), asked)
+    if inputs.case.fill == "exact":
+        found = _equal(got, judgement.expected.cpu(), Oracle(inputs), asked)
         if found:
             return found
     hint = None
     for plan in plans:
-        found = _close(got, Oracle(given, plan), asked)
+        found = _close(got, Oracle(inputs, plan), asked)
         if found and found.how != CLOSEST:
             return found
         hint = hint or found
     return hint
 
 
-def _answers(o: Oracle, asked: dict[str, Suspect]) -> Iterator[tuple[str, Answer]]:
+def _answers(o: Oracle, asked: dict[str, Fault]) -> Iterator[tuple[str, Answer]]:
     """What the suspects answer. Nothing but NaN says nothing: many mistakes end in it."""
     for suspect, function in asked.items():
         answer = function(o)
@@ -110,7 +110,7 @@ def _answers(o: Oracle, asked: dict[str, Suspect]) -> Iterator[tuple[str, Answer
             yield suspect, answer
 
 
-def _equal(got: Tensor, right: Tensor, o: Oracle, asked: dict[str, Suspect]) -> Naming | None:
+def _equal(got: Tensor, right: Tensor, o: Oracle, asked: dict[str, Fault]) -> Match | None:
     wrong = ~_same(got, right)
     everywhere, places = [], []
     for suspect, answer in _answers(o, asked):
@@ -123,19 +123,19 @@ def _equal(got: Tensor, right: Tensor, o: Oracle, asked: dict[str, Suspect]) -> 
         elif int((torch.isfinite(out) & (out != 0) & wrong).sum()) >= TELLING:
             places.append((suspect, int(wrong.sum()) / int(differs.sum())))
     if everywhere:
-        return Naming(EQUAL, tuple(everywhere[:SHOWN]))
+        return Match(EQUAL, tuple(everywhere[:SHOWN]))
     if not places:
         return None
     # The fewer outputs a mistake would change elsewhere, the better it says what these have in common.
     most = max(share for _, share in places)
-    return Naming(WHERE_WRONG, tuple([s for s, share in places if share >= 0.9 * most][:SHOWN]))
+    return Match(WHERE_WRONG, tuple([s for s, share in places if share >= 0.9 * most][:SHOWN]))
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
     return (a == b) | (a.isnan() & b.isnan())
 
 
-def _close(got: Tensor, o: Oracle, asked: dict[str, Suspect]) -> Naming | None:
+def _close(got: Tensor, o: Oracle, asked: dict[str, Fault]) -> Match | None:
     right = o.right.expected()
     variance = right.variance.nan_to_num(posinf=0.0).mean(1, keepdim=True)
     unit = variance.clamp(min=float(variance.mean()) * 1e-6 if len(variance) else 1.0).clamp(min=1e-300)
@@ -154,14 +154,14 @@ def _close(got: Tensor, o: Oracle, asked: dict[str, Suspect]) -> Naming | None:
         if left < LEFT_OF_HINT:
             hints.append(_Fit(suspect, left))
     if whole:
-        return Naming(WITHIN, _best(whole))
+        return Match(WITHIN, _best(whole))
     if part:
         best = _best(part)
         rows = next(f.rows for f in part if f.name == best[0])
-        return Naming(f"within rounding, in {rows} of {len(got)} rows, of", best)
+        return Match(f"within rounding, in {rows} of {len(got)} rows, of", best)
     if hints:
         least = min(hints, key=lambda f: f.left)
-        return Naming(CLOSEST, (least.name,), f", which explains {1 - least.left:.1%} of the error")
+        return Match(CLOSEST, (least.name,), f", which explains {1 - least.left:.1%} of the error")
     return None
 
 
@@ -195,9 +195,9 @@ def _best(fits: list[_Fit]) -> tuple[str, ...]:
 
 
 # -- what earlier calls left behind -----------------------------------------------------------------------------------
-def stale(earlier: Past) -> dict[str, Suspect]:
+def stale(earlier: Past) -> dict[str, Fault]:
     """Suspects of a session: what this call would give with something of a call before it."""
-    found: dict[str, Suspect] = {}
+    found: dict[str, Fault] = {}
     for n, (past, out) in enumerate(reversed(earlier)):
         when = "the call before" if n == 0 else f"{n + 1} calls before"
         found |= {f"{what} of {when}": function for what, function in _left_by(past, out)}
@@ -215,10 +215,10 @@ LEFTOVERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _left_by(past: Inputs, out: Tensor) -> Iterator[tuple[str, Suspect]]:
+def _left_by(past: Inputs, out: Tensor) -> Iterator[tuple[str, Fault]]:
     old = on_cpu(past.layer)
 
-    def tensors(names: tuple[str, ...]) -> Suspect:
+    def tensors(names: tuple[str, ...]) -> Fault:
         def function(o: Oracle):
             mine = {n: getattr(old, n) for n in names if getattr(old, n) is not None}
             fits = mine and all(_fits(getattr(o.layer, n), t) for n, t in mine.items())
@@ -226,9 +226,9 @@ def _left_by(past: Inputs, out: Tensor) -> Iterator[tuple[str, Suspect]]:
 
         return function
 
-    def argument(name: str, tensor: Tensor) -> Suspect:
-        given: dict[str, Any] = {name: tensor}
-        return lambda o: o(**given) if tensor.shape == getattr(o, name).shape else None
+    def argument(name: str, tensor: Tensor) -> Fault:
+        inputs: dict[str, Any] = {name: tensor}
+        return lambda o: o(**inputs) if tensor.shape == getattr(o, name).shape else None
 
     def rows(o: Oracle):
         if out.shape[1] != o.x.shape[1]:

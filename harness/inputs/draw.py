@@ -39,14 +39,14 @@ class Inputs:
     topk_weights: Tensor  #: [T, k] float32
     topk_ids: Tensor  #: [T, k] int32 or int64
     layer: Layer
-    handed: Layer
+    backend_layer: Layer
     variant: str = ""  #: set by whoever changes a tensor: the expected result is remembered by case and variant
 
     def arguments(self) -> dict[str, Tensor]:
         """What the call is given besides the layer, by name, in order."""
         return {name: getattr(self, name) for name in ("hidden_states", "topk_weights", "topk_ids")}
 
-    def given(self, arguments: dict[str, Tensor], **changes: Any) -> Inputs:
+    def with_arguments(self, arguments: dict[str, Tensor], **changes: Any) -> Inputs:
         """The same with other arguments for the call."""
         return replace(self, **{**arguments, **changes})
 
@@ -58,7 +58,7 @@ def draw(case: Case, device: torch.device = CPU) -> Inputs:
     rng = generator(case, "call", device)
     topk_ids = _topk_ids(problem, rng).to(torch.int64 if problem.ids == 64 else torch.int32).contiguous()
     if case.fill == "exact":
-        x = exact_fill.hidden_states(problem, exact_fill.structure(problem, case.seed, device), rng)
+        x = exact_fill.hidden_states(problem, exact_fill.sign_patterns(problem, case.seed, device), rng)
         topk_weights = exact_fill.router_weights(problem, rng, device)
     else:
         x = torch.randn(problem.tokens, problem.hidden_size, generator=rng, device=device)
@@ -171,7 +171,7 @@ def _layer(problem: Problem, fill: str, seed: int, rng: torch.Generator) -> Laye
     weights = {name: fence.empty(experts, *shape, dtype=stored, device=device) for name, shape in shapes.items()}
     scales = {n: fence.keep(_scales(problem, fill, experts, s, rng)) for n, s in shapes.items()} if quant else {}
     biases = {name: fence.empty(experts, s[0], dtype=io, device=device).zero_() for name, s in shapes.items()}
-    s = exact_fill.structure(problem, seed, device) if fill == "exact" else None
+    s = exact_fill.sign_patterns(problem, seed, device) if fill == "exact" else None
     for e in range(experts):
         if s is not None:
             values = dict(zip(shapes, exact_fill.expert_weights(problem, s, rng)))
@@ -214,7 +214,7 @@ def _extreme_outputs(w2: Tensor, spread: float, stored: torch.dtype) -> None:
         w2[2::5] = 448 * w2[2::5].sign()
 
 
-def _forced(problem: Problem, w13: Tensor, s: exact_fill.Structure) -> Tensor:
+def _forced(problem: Problem, w13: Tensor, s: exact_fill.SignPatterns) -> Tensor:
     forced = exact_fill.forced_rows(w13, s)
     return forced if s.amax else torch.zeros_like(forced)
 

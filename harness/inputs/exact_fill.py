@@ -29,7 +29,7 @@ GATE, ON, OFF, UNIT = 16, 112, -192, 32
 
 
 @dataclass
-class Structure:
+class SignPatterns:
     """What x and the weights of one layer have in common: which columns of K play which part."""
 
     free: Tensor  #: [F] columns that carry the sign patterns
@@ -40,7 +40,7 @@ class Structure:
     wide: bool  #: whether sums may be +-3 as well as +-1
 
 
-def structure(problem: Problem, seed: int, device: torch.device) -> Structure:
+def sign_patterns(problem: Problem, seed: int, device: torch.device) -> SignPatterns:
     rng = torch.Generator().manual_seed(seed * 7919 + problem.hidden_size)
     hidden = problem.hidden_size
     amax: list[Tensor] = []
@@ -63,12 +63,12 @@ def structure(problem: Problem, seed: int, device: torch.device) -> Structure:
     patterns = ((signature[None] >> torch.arange(bits)[:, None]) & 1) * 2 - 1
     on_input = problem.router_weight_on_input
     wide = not problem.bias and problem.top_k + problem.shared_experts <= 2 and not on_input
-    return Structure(
+    return SignPatterns(
         free.to(device), signature.to(device), patterns.to(device, torch.float32), classes.to(device), amax, wide
     )  # fmt: skip
 
 
-def hidden_states(problem: Problem, s: Structure, rng: torch.Generator) -> Tensor:
+def hidden_states(problem: Problem, s: SignPatterns, rng: torch.Generator) -> Tensor:
     """[T, K] float32."""
     tokens, device = problem.tokens, s.free.device
     x = torch.zeros(tokens, problem.hidden_size, device=device)
@@ -144,7 +144,7 @@ def static_scales(problem: Problem) -> tuple[float, float]:
     return 0.5, 8.0 if problem.router_weight_on_input else 2.0
 
 
-def expert_weights(problem: Problem, s: Structure, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def expert_weights(problem: Problem, s: SignPatterns, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """One expert's real-valued w13 [2I, K] ([I, K] ungated; swigluoai interleaved) and w2 [K, I], float32."""
     inter, hidden, device = problem.intermediate_size, problem.hidden_size, s.free.device
 
@@ -218,6 +218,6 @@ def expert_biases(problem: Problem, rng: torch.Generator, device: torch.device) 
     return torch.cat([gate, up]), w2_bias
 
 
-def forced_rows(w13: Tensor, s: Structure) -> Tensor:
+def forced_rows(w13: Tensor, s: SignPatterns) -> Tensor:
     """Rows of w13 (and their partners) that carry no sign pattern: they fix a dynamic scale and take no bias."""
     return (w13[:, s.free] == 0).all(1)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from harness.diagnose.match import BANK, LEFTOVERS
+from harness.diagnose.faults import FAULTS
+from harness.diagnose.match import LEFTOVERS
 from harness.mutate.bugs import Bug, BugError
 from harness.mutate.outcomes import Outcome
 
@@ -63,4 +64,4 @@ def score(outcomes: Iterable[Outcome], bugs: Mapping[str, Bug]) -> Score:
 def known(cause: str) -> bool:
     """Whether a suspect has that name, those included that a session makes of the calls before."""
     what, _, when = cause.rpartition(" of ")
-    return cause in BANK or (when.endswith("call before") or when.endswith("calls before")) and what in LEFTOVERS
+    return cause in FAULTS or (when.endswith("call before") or when.endswith("calls before")) and what in LEFTOVERS

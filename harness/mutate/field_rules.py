@@ -21,11 +21,11 @@ from harness.oracle.experts import oracle_experts
 from reference.moe import local_experts
 
 
-def naive(given: Inputs) -> Tensor:
+def naive(inputs: Inputs) -> Tensor:
     """[T, K] in the dtype of hidden_states: expert by expert, every product, sum and activation rounded to it."""
-    problem, x = given.case.problem, given.hidden_states
-    experts = oracle_experts(given.layer, x.device)
-    local = local_experts(given.topk_ids, problem.num_experts, experts.expert_map)
+    problem, x = inputs.case.problem, inputs.hidden_states
+    experts = oracle_experts(inputs.layer, x.device)
+    local = local_experts(inputs.topk_ids, problem.num_experts, experts.expert_map)
     out = torch.zeros_like(x)
 
     def expert(number: int, rows: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def naive(given: Inputs) -> Tensor:
 
     for number in local[local >= 0].unique().tolist():
         token, slot = torch.nonzero(local == number, as_tuple=True)
-        weight = given.topk_weights[token, slot, None].to(x.dtype)
+        weight = inputs.topk_weights[token, slot, None].to(x.dtype)
         if problem.router_weight_on_input:
             out.index_add_(0, token, expert(number, x[token] * weight))
         else:
@@ -80,7 +80,7 @@ class Judged:
 
     out: Tensor
     expected: Tensor
-    given: Inputs | None = None
+    inputs: Inputs | None = None
 
     def __post_init__(self) -> None:
         self.expected = self.expected.to(self.out.dtype)
@@ -100,8 +100,8 @@ class Judged:
         """The naive layer's output in the io dtype."""
         from harness.mutate.field_rules import naive
 
-        assert self.given is not None
-        found = naive(self.given).to(self.out.device)
+        assert self.inputs is not None
+        found = naive(self.inputs).to(self.out.device)
         return found.masked_fill(self.agreed, 0)
 
 
@@ -175,10 +175,10 @@ class Watcher:
         self._seen = 0
         self._rejecting: set[str] = set()
 
-    def __call__(self, out: Tensor, given: Inputs, judgement: Any) -> None:
+    def __call__(self, out: Tensor, inputs: Inputs, judgement: Any) -> None:
         if out.numel():
             self._seen += 1
-            judged = Judged(out, judgement.expected.to(out.device), given)
+            judged = Judged(out, judgement.expected.to(out.device), inputs)
             self._rejecting |= {rule.name for rule in self._rules if not rule.accepts(judged)}
 
     def told(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.problem.families import Row
+from harness.problem.families import CaseRow
 
 #: How a bug is noticed. failed: a wrong output. promise: something else that was promised, seen in a trace or in what a
 #: stage hands on (a canary, an argument that was written to, an allocation, another path, a tail that is not -1).
@@ -44,8 +44,8 @@ class Run:
 class Questions:
     """Cases in the order in which they are asked, and others for when it is known whether the bug is noticed."""
 
-    rows: tuple[Row, ...]
-    others: tuple[Row, ...] = ()
+    rows: tuple[CaseRow, ...]
+    others: tuple[CaseRow, ...] = ()
 
 
 @dataclass(frozen=True)

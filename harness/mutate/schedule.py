@@ -14,7 +14,7 @@ from typing import TypeVar
 from harness.device import Device
 from harness.mutate.bugs import Bug
 from harness.problem import families
-from harness.problem.families import Row
+from harness.problem.families import CaseRow
 
 SEEDS = 20  #: of the cases that controls are asked: 0 to 19
 Item = TypeVar("Item")
@@ -24,14 +24,14 @@ Item = TypeVar("Item")
 class _Question:
     """A row, and what of it decides when it is its turn."""
 
-    row: Row
+    row: CaseRow
     text: str
     tokens: frozenset[str]  #: of the descriptor, and the beginnings of those with dots
     kind: tuple[Hashable, ...]
     size: int
 
 
-def order(bug: Bug, device: Device) -> list[Row]:
+def order(bug: Bug, device: Device) -> list[CaseRow]:
     """Every row of the suite: those first that have most of what the entry says it takes, then all the others. Among
     equals every kind of case has its turn, with its smallest case first.
 
@@ -48,16 +48,16 @@ def order(bug: Bug, device: Device) -> list[Row]:
     return [question.row for _, question in sorted(turns, key=lambda pair: pair[0])]
 
 
-def spread(name: str, device: Device) -> list[Row]:
+def spread(name: str, device: Device) -> list[CaseRow]:
     """Every row of the suite: each family in turn, and in each family each fill and dtype, in this name's own order."""
     questions = sorted(_questions(device), key=lambda question: _digest(f"{name} {question.text}"))
     turns = _in_turn(_in_turn(questions, lambda q: q.kind), lambda q: q.row.family)
     return [question.row for question in turns]
 
 
-def seeded(rows: Iterable[Row]) -> list[Row]:
+def seeded(rows: Iterable[CaseRow]) -> list[CaseRow]:
     """The same rows, with SEEDS seeds dealt over them."""
-    return [Row(row.case.change(seed=n % SEEDS), row.family, row.why) for n, row in enumerate(rows)]
+    return [CaseRow(row.case.change(seed=n % SEEDS), row.family, row.why) for n, row in enumerate(rows)]
 
 
 def part(bugs: dict[str, Bug], one_in: int) -> dict[str, Bug]:
@@ -73,7 +73,7 @@ def part(bugs: dict[str, Bug], one_in: int) -> dict[str, Bug]:
 def _questions(device: Device) -> list[_Question]:
     """Every row, small ones first."""
     if device not in _known:
-        rows = [row for module in families.questions() for row in families.rows(module, device.on_cpu)]
+        rows = [row for module in families.untimed() for row in families.rows(module, device.on_cpu)]
         _known[device] = sorted(map(_question, rows), key=lambda question: question.size)
     return _known[device]
 
@@ -81,7 +81,7 @@ def _questions(device: Device) -> list[_Question]:
 _known: dict[Device, list[_Question]] = {}
 
 
-def _question(row: Row) -> _Question:
+def _question(row: CaseRow) -> _Question:
     text, p = str(row.case), row.case.problem
     tokens = {
         ".".join(parts[:n]) for parts in (t.split(".") for t in text.split("-")) for n in range(1, len(parts) + 1)

@@ -20,7 +20,7 @@ from harness.mutate import structure
 from harness.mutate.bugs import Bug
 from harness.mutate.protocol import START, Asking, Questions, Run
 from harness.mutate.structure import Counts
-from harness.problem.families import Row
+from harness.problem.families import CaseRow
 
 #: What says that an edit made the kernels no program, rather than a wrong one.
 STILLBORN = re.compile(r"\b(Name|Syntax|Import|ModuleNotFound|UnboundLocal)Error\b")
@@ -118,11 +118,11 @@ class _Cases:
         from harness.mutate.field_rules import Watcher
 
         self._bug, self._chosen, self._device = bug, chosen, device
-        self._asked: set[Row] = set()
+        self._asked: set[CaseRow] = set()
         self._watcher = Watcher(rules) if rules else None
         self._observers = [self._watcher] if self._watcher else []
 
-    def of(self, rows: tuple[Row, ...]) -> Iterator[Any]:
+    def of(self, rows: tuple[CaseRow, ...]) -> Iterator[Any]:
         """(case, backend, family) before each case, its Run after it."""
         for row in rows:
             if row not in self._asked:
@@ -130,7 +130,7 @@ class _Cases:
                 for spec, backend in self._chosen.items():
                     yield from self._asks(row, spec, backend)
 
-    def _asks(self, row: Row, spec: str, backend: Any) -> Iterator[Any]:
+    def _asks(self, row: CaseRow, spec: str, backend: Any) -> Iterator[Any]:
         from harness import backend as backends
         from harness.run.case import run_case
         from harness.session.applies import why_not

@@ -48,13 +48,13 @@ class Answer:
 class Oracle:
     """The oracle for the inputs of one call, under a plan (default: nothing rounded, as for an exact fill)."""
 
-    def __init__(self, given: Inputs, plan: RoundingPlan | None = None) -> None:
-        self.given, self.problem = given, given.case.problem
-        self.layer = on_cpu(given.layer)
+    def __init__(self, inputs: Inputs, plan: RoundingPlan | None = None) -> None:
+        self.inputs, self.problem = inputs, inputs.case.problem
+        self.layer = on_cpu(inputs.layer)
         self.experts = dense(self.layer)
-        self.x = decode(given.hidden_states.cpu())  #: [T, K]
-        self.weights = given.topk_weights.to("cpu", torch.float64)  #: [T, k]
-        self.ids = given.topk_ids.cpu().long()  #: [T, k]
+        self.x = decode(inputs.hidden_states.cpu())  #: [T, K]
+        self.weights = inputs.topk_weights.to("cpu", torch.float64)  #: [T, k]
+        self.ids = inputs.topk_ids.cpu().long()  #: [T, k]
         chosen = plan or RoundingPlan()
         self.quantized = bool(self.experts.activation_quant) and chosen.quantizes_activations
         self.rounding = Rounding(chosen, self.problem.dtype, repeat=plan is not None and self.quantized)
@@ -81,7 +81,7 @@ class Oracle:
 
     def of(self, layer: Layer) -> Oracle:
         """The oracle of another layer (on the CPU, in layout "nk") for the same call, under the same plan."""
-        other = Oracle(replace(self.given, layer=layer))
+        other = Oracle(replace(self.inputs, layer=layer))
         other.rounding, other.quantized = self.rounding, self.quantized
         return other
 
@@ -89,8 +89,8 @@ class Oracle:
         """The answer that follows from values of ORDER: fields of Stages, and slots [P, K], what is added up. Fields
         that are no values (row, expert, weight) may come along."""
         experts, rounding, plan = self.experts, self.rounding, self.rounding.plan
-        given: dict[str, Any] = known
-        s = replace(self.s, **given)
+        inputs: dict[str, Any] = known
+        s = replace(self.s, **inputs)
         last = max(ORDER.index(n) for n in (*known, *(["slots"] if slots is not None else [])) if n in ORDER)
         if last < ORDER.index("h"):
             h = linear(s.expert, s.x[s.row], experts.w13, experts.w13_bias, rounding)

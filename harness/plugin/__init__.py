@@ -19,7 +19,7 @@ import pytest
 from harness import device as devices
 from harness.device import DEVICES
 from harness.plugin.items import marks_of, times
-from harness.plugin.process import KEY, Harness
+from harness.plugin.process import KEY, Process
 from harness.plugin.selection import select_devices
 from harness.plugin.verdicts import check_item
 from harness.problem import families
@@ -75,7 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
         own += [f"{module.FAMILY}: a family of cases" for module in families.families()]
     for line in own:
         config.addinivalue_line("markers", line)
-    harness = config.stash[KEY] = Harness(config)
+    harness = config.stash[KEY] = Process(config)
     if harness.controller:
         config.pluginmanager.register(harness.controller, "moe-harness-controller")
     if config.option.shard:

@@ -26,7 +26,7 @@ from harness.problem.case import Case
 from harness.results import known_failures
 
 
-class Harness:
+class Process:
     """One process's share of a run: the controller's, a worker's, or both at once without xdist."""
 
     def __init__(self, config: pytest.Config) -> None:
@@ -144,4 +144,4 @@ def environment(device: Device) -> dict[str, str]:
     return devices.environment(device)
 
 
-KEY: pytest.StashKey[Harness] = pytest.StashKey()
+KEY: pytest.StashKey[Process] = pytest.StashKey()

@@ -15,23 +15,23 @@ from harness.device import DeviceLost
 from harness.perf.timing.benchmark import judged
 from harness.plugin.controller import VERDICT
 from harness.plugin.items import ItemParams
-from harness.plugin.process import Harness, environment
+from harness.plugin.process import Process, environment
 from harness.results import known_failures
 from harness.results.verdict import ENDS, Verdict
 from harness.run.case import run_case
-from harness.run.isolated import Apart
+from harness.run.isolated import IsolatedRunner
 
 
-def _verdict(asked: ItemParams, known: list[known_failures.Known], benchmark: Any) -> Verdict:
+def _verdict(asked: ItemParams, known: list[known_failures.KnownFailure], benchmark: Any) -> Verdict:
     if benchmark is not None:
         return judged(asked, benchmark)
     if any(entry.status in ENDS for entry in known):
-        with Apart(asked.spec, asked.device, forks=False) as apart:  # or what is known would end this process
+        with IsolatedRunner(asked.spec, asked.device, forks=False) as apart:  # or what is known would end this process
             return replace(apart.run(asked.case), family=asked.family, backend=asked.backend.name)
     return run_case(asked.case, asked.backend, asked.device, family=asked.family)
 
 
-def check_item(harness: Harness, asked: ItemParams, item: pytest.Item, benchmark: Any) -> None:
+def check_item(harness: Process, asked: ItemParams, item: pytest.Item, benchmark: Any) -> None:
     def found(verdict: Verdict) -> dict[str, Any]:
         verdict.spec = asked.spec
         return verdict.record() | {"environment": environment(asked.device), "nodeid": item.nodeid}

@@ -24,7 +24,7 @@ TIMED = "perf"  #: the family whose cases are timed: run only where -m names it
 
 
 @dataclass(frozen=True)
-class Row:
+class CaseRow:
     """One Case, the family it belongs to and the reason it exists."""
 
     case: Case
@@ -56,22 +56,24 @@ def expand(descriptor: str) -> list[Case]:
     return [exact] if case.scenario != "once" else [exact, random]
 
 
-def rows(module: ModuleType, on_cpu: bool) -> list[Row]:
+def rows(module: ModuleType, on_cpu: bool) -> list[CaseRow]:
     """The Cases of a family's module, each once: on the CPU (an emulated XPU too), or on a GPU."""
     own = "CPU_ROWS" if on_cpu else "GPU_ROWS"
     table = {**getattr(module, "ROWS", {}), **getattr(module, own, {})}
-    found = {case: Row(case, module.FAMILY, why) for descriptor, why in table.items() for case in expand(descriptor)}
+    found = {
+        case: CaseRow(case, module.FAMILY, why) for descriptor, why in table.items() for case in expand(descriptor)
+    }
     return list(found.values())
 
 
-def questions() -> list[ModuleType]:
+def untimed() -> list[ModuleType]:
     """The families that every run asks: all but the one that is timed."""
     return [m for m in families() if m.FAMILY != TIMED]
 
 
 def layer_questions() -> list[ModuleType]:
     """Those of them that judge the output of the layer."""
-    return [m for m in questions() if not hasattr(m, "STAGE")]
+    return [m for m in untimed() if not hasattr(m, "STAGE")]
 
 
 def families() -> list[ModuleType]:

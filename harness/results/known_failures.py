@@ -40,7 +40,7 @@ class LedgerError(Exception):
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownFailure:
     """One entry: the fields are those of the file."""
 
     backend: tuple[str, ...]
@@ -74,7 +74,7 @@ class Known:
         return verdict.status == self.status and re.search(self.says, verdict.reason) is not None
 
 
-def read(path: Path | None = None) -> list[Known]:
+def read(path: Path | None = None) -> list[KnownFailure]:
     """The entries of a ledger (cases/ledger.toml). LedgerError says what is wrong with it."""
     path = path or LEDGER
     table = toml.read(path, LedgerError, f"--ledger {path}")
@@ -83,8 +83,8 @@ def read(path: Path | None = None) -> list[Known]:
     return [_entry(f"--ledger {path}: entry {n}", given) for n, given in enumerate(table.get("known", []), 1)]
 
 
-def _entry(where: str, given: dict[str, Any]) -> Known:
-    valid = {f.name: f for f in fields(Known)}
+def _entry(where: str, given: dict[str, Any]) -> KnownFailure:
+    valid = {f.name: f for f in fields(KnownFailure)}
     for name in given:
         if name not in valid:
             raise LedgerError(f"{where}: {name}: no such field; valid: {', '.join(valid)}")
@@ -96,7 +96,7 @@ def _entry(where: str, given: dict[str, Any]) -> Known:
     for name, value in texts.items():
         if not isinstance(value, str):
             raise LedgerError(f"{where}: {name}={value!r}: must be text")
-    entry = Known(**lists, **texts)  # type: ignore[arg-type]
+    entry = KnownFailure(**lists, **texts)  # type: ignore[arg-type]
     if entry.status not in FAILED:
         raise LedgerError(f"{where}: status={entry.status!r}; valid: {', '.join(FAILED)}")
     if bool(entry.issue) == bool(entry.found):
@@ -119,17 +119,17 @@ def _strings(where: str, name: str, value: Any) -> tuple[str, ...]:
     return tuple(found)
 
 
-def covering(entries: Iterable[Known], case: Case, backend: str, device: str) -> list[Known]:
+def covering(entries: Iterable[KnownFailure], case: Case, backend: str, device: str) -> list[KnownFailure]:
     """The entries about one case."""
     return [entry for entry in entries if entry.covers(str(case), backend, device)]
 
 
-def explanation(verdict: Verdict, about: list[Known]) -> str:
+def explanation(verdict: Verdict, about: list[KnownFailure]) -> str:
     """What is known of a red verdict; "" if no entry is about a failure like it."""
     return next((f"{entry.why} ({entry.told})" for entry in about if entry.explains(verdict)), "")
 
 
-def judged(verdict: Verdict, about: list[Known]) -> Verdict:
+def judged(verdict: Verdict, about: list[KnownFailure]) -> Verdict:
     """The verdict in the light of the entries about its case; changed in place."""
     if not about or verdict.status == "unsupported":
         return verdict

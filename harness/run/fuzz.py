@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from harness.base.minimal import FAR, place, simplest
+from harness.base.minimal import FAR, find_minimal, place
 from harness.inputs.sizes import batch_bytes, weight_bytes
 from harness.problem.case import ACTIVATION_GRANULARITIES as TAKEN
 from harness.problem.case import ACTIVATIONS, DTYPES, LAYOUTS, ROUTINGS, Case, ExpertParallel, Problem, Quant
@@ -22,7 +22,7 @@ from harness.problem.case import WEIGHT_FORMATS as FORMATS
 from harness.problem.case import WEIGHT_GRANULARITIES as SCALED
 from harness.problem.exactness import inexact
 from harness.results.verdict import Verdict
-from harness.run.isolated import Apart
+from harness.run.isolated import IsolatedRunner
 
 SHRINKS, SHRINKING = 400, 120  #: cases, and seconds, to shrink one with
 ENDLESS = 1_000_000  #: examples, where only seconds count
@@ -149,7 +149,7 @@ class _Enough(Exception):
 
 
 def fuzz(
-    apart: Apart, space: Space, *, seed: int, seconds: float, most: int, examples: int | None = None,
+    apart: IsolatedRunner, space: Space, *, seed: int, seconds: float, most: int, examples: int | None = None,
     progress: Callable[[Fuzzed, Case], None] = lambda fuzzed, case: None,
 ) -> Fuzzed:  # fmt: skip
     """Cases of at most `most` bytes each, for so many seconds or (if given) examples, until one is not green."""
@@ -180,7 +180,7 @@ def fuzz(
         return verdict
 
     try:
-        if shrunk := simplest(cases(space, most), ask, seed=seed, examples=ENDLESS, shrinks=SHRINKS):
+        if shrunk := find_minimal(cases(space, most), ask, seed=seed, examples=ENDLESS, shrinks=SHRINKS):
             case, verdict = shrunk
             again = apart.anew(case)  # the diagnosis of a failure is for the first few of a process
             told.found, told.every_time = (verdict, False) if again.green else (again, True)

@@ -32,7 +32,7 @@ class Broken(Exception):
     """The process failed at something that is no kernel's fault; the message is its traceback."""
 
 
-class Apart:
+class IsolatedRunner:
     """`with Apart(spec, device) as apart: apart.run(case)`: verdicts on one backend, each from a living process."""
 
     def __init__(self, spec: str, device: Device, limit: float = LIMIT, forks: bool = True) -> None:
@@ -44,7 +44,7 @@ class Apart:
         self._room = tempfile.TemporaryDirectory(prefix="moe-apart-")
         self._stacks = Path(self._room.name) / "stacks"  #: where every thread was when a process was ended by a signal
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> IsolatedRunner:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -18,6 +18,8 @@ from harness.scenarios.registry import SCENARIOS, Scenario
 from harness.scenarios.stateful import sequences  # noqa: F401
 from harness.session.session import Session
 
+__all__ = ["SCENARIOS", "run_scenario", "scenarios"]
+
 
 def scenarios() -> dict[str, Scenario]:
     """Every scenario by its name, in the order of the list above."""

@@ -27,14 +27,14 @@ GAP = 16  #: elements between two rows: whole vectors of every dtype
 @scenario("arguments.own_output")
 def own_output(s: Session) -> None:
     """Without `out` a call makes one, which is nobody else's memory: not the input's, nor the next call's."""
-    given, call = start(s)
+    inputs, call = start(s)
 
     def without(*arguments: Tensor) -> Tensor:
         return call(*arguments)
 
-    first = s.check(without, given, "no out")
+    first = s.check(without, inputs, "no out")
     kept = first.clone()
-    second = s.check(without, batch(s, given, tokens=given.case.problem.tokens + 1), "one token more")
+    second = s.check(without, batch(s, inputs, tokens=inputs.case.problem.tokens + 1), "one token more")
     s.require(torch.equal(raw(first), raw(kept)), "the output of a call was overwritten by the next call")
     s.require(
         second.untyped_storage().data_ptr() != first.untyped_storage().data_ptr(), "two calls returned the same memory"
@@ -44,7 +44,7 @@ def own_output(s: Session) -> None:
 @scenario("arguments.strided_out")
 def strided_out(s: Session) -> None:
     """An output whose rows are further apart than they are long: nothing is written between them."""
-    given, call = _with_out(s)
+    inputs, call = _with_out(s)
     gaps: list[Tensor] = []
 
     def into_padded(*arguments: Tensor, out: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def strided_out(s: Session) -> None:
         gaps.append(room[:, out.shape[1] :])
         return out.copy_(result)
 
-    _right_or_refused(s, into_padded, given, "padded rows of out")
+    _right_or_refused(s, into_padded, inputs, "padded rows of out")
     for gap in gaps:
         s.require(bool(gap.isnan().all()), "written between the rows of out")
 
@@ -61,7 +61,7 @@ def strided_out(s: Session) -> None:
 @scenario("arguments.neighbours")
 def neighbours(s: Session) -> None:
     """An output right behind its input in one buffer, or right before it: they share nothing."""
-    given, call = _with_out(s)
+    inputs, call = _with_out(s)
     for places, what in (((0, 1), "right behind"), ((1, 0), "right before")):
 
         def side_by_side(*arguments: Tensor, out: Tensor, places: tuple[int, int] = places) -> Tensor:
@@ -72,35 +72,37 @@ def neighbours(s: Session) -> None:
             s.require(torch.equal(raw(mine), raw(x.contiguous())), "hidden_states was changed by the call")
             return out.copy_(result)
 
-        _right_or_refused(s, side_by_side, given, f"out {what} hidden_states")
+        _right_or_refused(s, side_by_side, inputs, f"out {what} hidden_states")
 
 
 def _with_out(s: Session) -> tuple[Inputs, Callable[..., Any]]:
-    given, call = start(s)
+    inputs, call = start(s)
     if not takes_out(call):
         raise Unsupported(f"scenario: {s.backend.name} takes no out")
-    return given, call
+    return inputs, call
 
 
 @scenario("arguments.strided_routing")
 def strided_routing(s: Session) -> None:
     """Router weights and ids as columns of a wider table, and as a transposed table."""
-    given, call = start(s)
+    inputs, call = start(s)
     for names in (("topk_weights", "topk_ids"), ("topk_weights",), ("topk_ids",)):
         for how, change in (("columns of a wider table", _columns), ("a transposed table", _transposed)):
-            changed: dict[str, Any] = {name: change(getattr(given, name)) for name in names}
-            _right_or_refused(s, call, replace(given, **changed), f"{' and '.join(names)}: {how}")
+            changed: dict[str, Any] = {name: change(getattr(inputs, name)) for name in names}
+            _right_or_refused(s, call, replace(inputs, **changed), f"{' and '.join(names)}: {how}")
 
 
 @scenario("arguments.strided_layer")
 def strided_layer(s: Session) -> None:
     """Weights, scales and biases whose rows are further apart than they are long, one of them at a time, then all."""
-    given = s.draw()
-    names = [n for n in ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias") if _wide(given.handed, n)]
+    inputs = s.draw()
+    names = [n for n in ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias") if _wide(inputs.backend_layer, n)]
     for chosen in (*[(name,) for name in names], tuple(names)):
-        changed: dict[str, Any] = {name: _columns(getattr(given.handed, name)) for name in chosen}
-        handed = replace(given.handed, **changed)
-        _right_or_refused(s, s.prepare(s.case.problem, handed), replace(given, handed=handed), ", ".join(chosen))
+        changed: dict[str, Any] = {name: _columns(getattr(inputs.backend_layer, name)) for name in chosen}
+        handed = replace(inputs.backend_layer, **changed)
+        _right_or_refused(
+            s, s.prepare(s.case.problem, handed), replace(inputs, backend_layer=handed), ", ".join(chosen)
+        )
 
 
 def _wide(layer: Layer, name: str) -> bool:
@@ -119,9 +121,9 @@ def _transposed(t: Tensor) -> Tensor:
     return t.t().contiguous().t()
 
 
-def _right_or_refused(s: Session, call: Callable[..., Any], given: Inputs, what: str) -> None:
+def _right_or_refused(s: Session, call: Callable[..., Any], inputs: Inputs, what: str) -> None:
     try:
-        s.check(call, given, what)
+        s.check(call, inputs, what)
     except DeviceLost:  # a RuntimeError too, but nobody's refusal
         raise
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:  # torch's own checks raise the last two

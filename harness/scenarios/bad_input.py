@@ -36,11 +36,11 @@ def _fault(name: str, *words: str) -> Callable:
         @scenario(f"error.{name}")
         def refused(s: Session) -> None:
             require_promise(s, "errors")
-            given, call = start(s)
-            layer = given.handed
+            inputs, call = start(s)
+            layer = inputs.backend_layer
             kept = replace(layer)
-            x = given.hidden_states
-            bad = Call(x, given.topk_weights, given.topk_ids, poison_(torch.empty_like(x)), layer)
+            x = inputs.hidden_states
+            bad = Call(x, inputs.topk_weights, inputs.topk_ids, poison_(torch.empty_like(x)), layer)
             spoil(bad)
             must_refuse(
                 s,
@@ -51,7 +51,7 @@ def _fault(name: str, *words: str) -> Callable:
             )
             for field in fields(Layer):
                 setattr(layer, field.name, getattr(kept, field.name))
-            s.check(call, given, "the next good call")
+            s.check(call, inputs, "the next good call")
 
         return spoil
 

@@ -25,39 +25,39 @@ def fine_weights(s: Session) -> None:
         raise Unsupported("scenario: a sum over slots rounds in more than one way")
     if any(plan.router_weight == "io" for plan in s.plans(problem)):
         raise Unsupported(f"scenario: {s.backend.name} declares that it rounds router weights")
-    given, call = start(s)
+    inputs, call = start(s)
     draw = torch.Generator().manual_seed(s.case.seed)
-    steps = torch.randint(2 ** (BITS - 1), 2**BITS, given.topk_weights.shape, generator=draw)
-    weights = (steps.float() * 2.0**-BITS).to(given.topk_weights.device)
-    s.check(call, replace(given, topk_weights=weights, variant="fine router weights"), "router weights of 12 bits")
+    steps = torch.randint(2 ** (BITS - 1), 2**BITS, inputs.topk_weights.shape, generator=draw)
+    weights = (steps.float() * 2.0**-BITS).to(inputs.topk_weights.device)
+    s.check(call, replace(inputs, topk_weights=weights, variant="fine router weights"), "router weights of 12 bits")
 
 
 @scenario("once")
 def once(s: Session) -> None:
-    given, call = start(s)
-    s.check(call, given)
+    inputs, call = start(s)
+    s.check(call, inputs)
 
 
 @scenario("repeat.bits")
-def repeatraw(s: Session) -> None:
+def repeat_bits(s: Session) -> None:
     """The same call gives the same bits: no race, no leftover of the call before."""
     if getattr(s.backend, "deterministic", True) is not True:
         raise Unsupported(f"scenario: {s.backend.name} declares that it is not deterministic")
-    given, call = start(s)
-    first = s.check(call, given, "first call").clone()
+    inputs, call = start(s)
+    first = s.check(call, inputs, "first call").clone()
     for n in (2, 3):
-        again = s.check(call, given, f"call {n}")
+        again = s.check(call, inputs, f"call {n}")
         s.require(torch.equal(raw(first), raw(again)), f"call {n} gave other bits than the first for the same inputs")
 
 
 @scenario("repeat.leak")
 def repeat_leak(s: Session) -> None:
     """A call after one whose every row was NaN: nothing of it may be left in a buffer."""
-    given, call = start(s)
-    s.check(call, given, "before")
-    poisoned = replace(given, hidden_states=torch.full_like(given.hidden_states, float("nan")))
+    inputs, call = start(s)
+    s.check(call, inputs, "before")
+    poisoned = replace(inputs, hidden_states=torch.full_like(inputs.hidden_states, float("nan")))
     call(poisoned.hidden_states, poisoned.topk_weights, poisoned.topk_ids)
-    s.check(call, given, "after a call full of NaN")
+    s.check(call, inputs, "after a call full of NaN")
 
 
 @scenario("path.launches")
@@ -65,10 +65,10 @@ def path_launches(s: Session) -> None:
     """The path that was promised is the path taken, by the names of the kernels launched."""
     if not hasattr(s.backend, "expected_launches"):
         raise Unsupported(f"scenario: {s.backend.name} declares no expected_launches")
-    given, call = start(s)
-    s.check(call, given)
+    inputs, call = start(s)
+    s.check(call, inputs)
     launched = s.traces[-1].launches
-    required, forbidden = s.backend.expected_launches(given.case.problem)
+    required, forbidden = s.backend.expected_launches(inputs.case.problem)
     for part in sorted(required):
         s.require(any(part in name for name in launched), f"no kernel named *{part}* was launched, but {launched}")
     for part in sorted(forbidden):
@@ -78,25 +78,25 @@ def path_launches(s: Session) -> None:
 @scenario("batch.sizes")
 def batch_sizes(s: Session) -> None:
     """Batches that grow and shrink under one prepared layer, zero tokens among them."""
-    given, call = start(s)
+    inputs, call = start(s)
     for tokens in (s.case.problem.tokens, 1, 2 * s.case.problem.tokens + 1, 0, 5, s.case.problem.tokens):
-        s.check(call, batch(s, given, tokens=tokens), f"{tokens} tokens")
+        s.check(call, batch(s, inputs, tokens=tokens), f"{tokens} tokens")
 
 
 @scenario("batch.routings")
 def batch_routings(s: Session) -> None:
     """One prepared layer sees even, skewed and one-sided routings in turn."""
-    given, call = start(s)
+    inputs, call = start(s)
     for routing in ("uniform", "one", "balanced", "half", "skewed"):
-        s.check(call, batch(s, given, routing=routing), f"{routing} routing")
+        s.check(call, batch(s, inputs, routing=routing), f"{routing} routing")
 
 
 @scenario("win.no_extra_tensor")
 def no_extra_tensor(s: Session) -> None:
     """Router weight on input is applied inside the kernels: no tensor more, no byte more than on output."""
     require_promise(s, "no_extra_tensor")
-    given, call = start(s)
-    s.check(call, given, "router weight on input")
+    inputs, call = start(s)
+    s.check(call, inputs, "router weight on input")
     plain, call = start(s, router_weight_on_input=False)
     s.check(call, plain, "router weight on output")
     with_weight, without = s.traces[-2], s.traces[-1]

@@ -33,10 +33,10 @@ def configurations(s: Session, problem: Problem) -> dict[str, dict]:
 @scenario("config.all")
 def every_configuration(s: Session) -> None:
     """Not only the configuration that this batch gets: each that any batch could get serves it."""
-    given = s.draw()
-    choice = configurations(s, given.case.problem)
+    inputs = s.draw()
+    choice = configurations(s, inputs.case.problem)
     for name, options in choice.items():
-        s.check(s.prepare(given.case.problem, given.handed, **options), given, f"configuration {name}")
+        s.check(s.prepare(inputs.case.problem, inputs.backend_layer, **options), inputs, f"configuration {name}")
     launched = [trace.launched for trace in s.traces]
     ignored = len(choice) > 1 and any(launched) and all(some == launched[0] for some in launched)
     s.require(not ignored, f"{len(choice)} configurations launched the same kernels: the choice is ignored")
@@ -51,19 +51,19 @@ def batch_invariant(s: Session) -> None:
         raise Unsupported(f"scenario: {s.backend.name} does not declare batch_invariant")
     if problem.quant is not None and problem.quant.activation == "tensor":
         raise Unsupported("quant: a dynamic per-tensor scale belongs to the whole batch")
-    given = s.draw()
+    inputs = s.draw()
     if declared is True:
-        _ask_in_batches(s, given, s.prepare(problem, given.handed), "")
+        _ask_in_batches(s, inputs, s.prepare(problem, inputs.backend_layer), "")
         return
     choice = configurations(s, problem)
     for name in dict.fromkeys((next(iter(choice)), list(choice)[-1])):  # the table's two ends: each costs five calls
-        _ask_in_batches(s, given, s.prepare(problem, given.handed, **choice[name]), f", configuration {name}")
+        _ask_in_batches(s, inputs, s.prepare(problem, inputs.backend_layer, **choice[name]), f", configuration {name}")
 
 
-def _ask_in_batches(s: Session, given: Inputs, call: Callable, how: str) -> None:
-    tokens = given.case.problem.tokens
-    everybody = torch.arange(tokens, device=given.hidden_states.device)
-    whole = s.check(call, given, f"the whole batch{how}").clone()
+def _ask_in_batches(s: Session, inputs: Inputs, call: Callable, how: str) -> None:
+    tokens = inputs.case.problem.tokens
+    everybody = torch.arange(tokens, device=inputs.hidden_states.device)
+    whole = s.check(call, inputs, f"the whole batch{how}").clone()
     batches = {
         "the first token alone": everybody[:1],
         "the last token alone": everybody[-1:],
@@ -71,7 +71,7 @@ def _ask_in_batches(s: Session, given: Inputs, call: Callable, how: str) -> None
         "three times the batch": everybody.repeat(3),
     }
     for name, rows in batches.items():
-        got, _ = s.call(call, tokens_of(given, name, rows), name + how)
+        got, _ = s.call(call, tokens_of(inputs, name, rows), name + how)
         wrong = torch.nonzero((_bits(got) != _bits(whole[rows])).any(1)).flatten().tolist()
         s.require(
             not wrong,

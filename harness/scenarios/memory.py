@@ -35,8 +35,8 @@ def offsets32(s: Session) -> None:
     if not (getattr(s.backend, "interpreted", False) and s.device.interprets_triton):
         raise Unsupported("scenario: the width of offsets shows only in Triton kernels that are interpreted")
     s.widest_offset = WIDEST_OFFSET
-    given, call = start(s)
-    s.check(call, given)
+    inputs, call = start(s)
+    s.check(call, inputs)
 
 
 @scenario("memory.copies")
@@ -47,9 +47,9 @@ def copies(s: Session) -> None:
         raise Unsupported("fill: only on the exact fill do batches of any size give the same bits")
     problem = s.case.problem
     few = s.draw(tokens=min(DISTINCT, problem.tokens))
-    wanted = s.check(s.prepare(few.case.problem, few.handed), few, "every token once").clone()
-    call = s.prepare(problem, few.handed)
-    many = few.given({name: _repeated(t, problem.tokens) for name, t in few.arguments().items()})
+    wanted = s.check(s.prepare(few.case.problem, few.backend_layer), few, "every token once").clone()
+    call = s.prepare(problem, few.backend_layer)
+    many = few.with_arguments({name: _repeated(t, problem.tokens) for name, t in few.arguments().items()})
     try:
         out, trace = s.call(call, many, f"{problem.tokens} tokens")
     except torch.OutOfMemoryError as error:
@@ -95,56 +95,56 @@ def padding_rows(s: Session) -> None:
     hidden_states, served or not, NaN ignored. There a row of finite numbers counts whoever serves it, and these are
     some times the largest: 11, which moves every code, or 8 on the exact fill, where scales are powers of two.
     """
-    given = s.draw()
-    problem = given.case.problem
-    pads = torch.arange(problem.tokens, device=given.topk_ids.device) % 3 == 2
+    inputs = s.draw()
+    problem = inputs.case.problem
+    pads = torch.arange(problem.tokens, device=inputs.topk_ids.device) % 3 == 2
     pads[problem.tokens * 3 // 4 :] = True
-    largest = float(given.hidden_states.abs().nan_to_num().amax())
+    largest = float(inputs.hidden_states.abs().nan_to_num().amax())
     per_tensor = problem.quant is not None and problem.quant.activation == "tensor"
     times = 8 if s.case.fill == "exact" else 11
-    large = times * largest if per_tensor else torch.finfo(given.hidden_states.dtype).max
+    large = times * largest if per_tensor else torch.finfo(inputs.hidden_states.dtype).max
     nan = float("nan")
 
     with_invalid_ids = replace(problem, routing="invalid")
     if getattr(s.backend, "nan_safe", True) and s.why_not(with_invalid_ids) is None:
-        layer = replace(given.handed, problem=with_invalid_ids)
+        layer = replace(inputs.backend_layer, problem=with_invalid_ids)
         call = s.prepare(with_invalid_ids, layer)
         for value, what in ((nan, "NaN"), (large, "large")):
-            padded = _padded(replace(given, handed=layer), pads, f"{what} without a valid id", value, -1, nan)
+            padded = _padded(replace(inputs, backend_layer=layer), pads, f"{what} without a valid id", value, -1, nan)
             s.check(call, padded, f"rows of {what} without a valid id")
-    padded = _padded(given, pads, "NaN of weight 0", nan, None, 0.0)
+    padded = _padded(inputs, pads, "NaN of weight 0", nan, None, 0.0)
     # What such a row itself gives is nobody's contract: 0 * NaN, or nothing.
-    out, trace = s.call(s.prepare(problem, given.handed), padded, "rows of NaN whose weights are 0")
+    out, trace = s.call(s.prepare(problem, inputs.backend_layer), padded, "rows of NaN whose weights are 0")
     s.traces.append(trace)
     s.accept(out[~pads], _without(padded, pads), "beside rows of NaN whose weights are 0")
 
 
-def _padded(given: Inputs, pads: Tensor, variant: str, value: float, ids: int | None, weight: float) -> Inputs:
+def _padded(inputs: Inputs, pads: Tensor, variant: str, value: float, ids: int | None, weight: float) -> Inputs:
     """The batch with padding in some of its rows."""
-    copies = {name: fence.keep(t) for name, t in given.arguments().items()}
+    copies = {name: fence.keep(t) for name, t in inputs.arguments().items()}
     copies["hidden_states"][pads] = value
     copies["topk_weights"][pads] = weight
     if ids is not None:
         copies["topk_ids"][pads] = ids
-    return given.given(copies, variant=variant)
+    return inputs.with_arguments(copies, variant=variant)
 
 
-def _without(given: Inputs, pads: Tensor) -> Inputs:
+def _without(inputs: Inputs, pads: Tensor) -> Inputs:
     """The batch without these rows."""
-    rest = {name: t[~pads] for name, t in given.arguments().items()}
-    case = given.case.change(tokens=int((~pads).sum()))
-    return given.given(rest, case=case, variant=f"{given.variant}, left out")
+    rest = {name: t[~pads] for name, t in inputs.arguments().items()}
+    case = inputs.case.change(tokens=int((~pads).sum()))
+    return inputs.with_arguments(rest, case=case, variant=f"{inputs.variant}, left out")
 
 
 @scenario("memory.no_wait")
 def no_wait(s: Session) -> None:
     """A steady call reads nothing back from the device and never waits for it: the host is free to go on."""
     require_promise(s, "no_wait")
-    given, call = start(s)
-    s.check(call, given)
+    inputs, call = start(s)
+    s.check(call, inputs)
 
     def steady() -> None:
-        call(*given.arguments().values())
+        call(*inputs.arguments().values())
 
     with Tracing(), transfers(intended=s.device.on_cpu) as found:
         steady()
@@ -157,9 +157,9 @@ def no_wait(s: Session) -> None:
 @scenario("memory.stale")
 def stale(s: Session) -> None:
     """Memory that comes back uninitialised holds finite numbers and small indices, as an earlier call left them."""
-    given, call = start(s)
+    inputs, call = start(s)
     with fence.stale():
-        s.check(call, given, "workspaces full of an earlier call's numbers")
+        s.check(call, inputs, "workspaces full of an earlier call's numbers")
 
 
 @scenario("memory.graph")
@@ -169,8 +169,8 @@ def graph(s: Session) -> None:
     require_promise(s, "graph")
     if s.device.name != "cuda":
         raise Unsupported("scenario: only CUDA captures graphs here")
-    given, call = start(s)
-    mine = given.given({name: fence.keep(t) for name, t in given.arguments().items()})
+    inputs, call = start(s)
+    mine = inputs.with_arguments({name: fence.keep(t) for name, t in inputs.arguments().items()})
     s.check(call, mine, "before it is captured")
     replay: Any = s.device.graph_of(lambda: None, [lambda: call(*mine.arguments().values())])
     s.require(replay is not None, "the call cannot be captured in a graph: it waits for the device")
@@ -182,12 +182,12 @@ def graph(s: Session) -> None:
         replay.microseconds()
         s.accept(replay.outputs[0], other, what)
 
-    answers(given, "replayed")
+    answers(inputs, "replayed")
     for routing in ("one", "duplicate", "half"):
-        answers(batch(s, given, routing=routing), f"replayed with {routing} routing")
-    larger = batch(s, given, tokens=4 * s.case.problem.tokens + 3)
-    answers(given, "replayed after a larger batch", lambda: s.check(call, larger, "a larger batch"))
+        answers(batch(s, inputs, routing=routing), f"replayed with {routing} routing")
+    larger = batch(s, inputs, tokens=4 * s.case.problem.tokens + 3)
+    answers(inputs, "replayed after a larger batch", lambda: s.check(call, larger, "a larger batch"))
     other = s.draw(seed=s.case.seed + 1)
-    for name, tensor in given.handed.tensors().items():
-        tensor.copy_(getattr(other.handed, name))
-    answers(replace(other, handed=given.handed), "replayed after the weights changed in place")
+    for name, tensor in inputs.backend_layer.tensors().items():
+        tensor.copy_(getattr(other.backend_layer, name))
+    answers(replace(other, backend_layer=inputs.backend_layer), "replayed after the weights changed in place")

@@ -55,30 +55,30 @@ def relation(name: str) -> Callable:
     def register(relate: Callable[[Inputs], Related | list[Related]]) -> Callable:
         @scenario(f"relation.{name}")
         def related(s: Session) -> None:
-            given = s.draw()
-            found = relate(given)
-            hold(s, name, given, found if isinstance(found, list) else [found])
+            inputs = s.draw()
+            found = relate(inputs)
+            hold(s, name, inputs, found if isinstance(found, list) else [found])
 
         return relate
 
     return register
 
 
-def hold(s: Session, name: str, given: Inputs, relations: list[Related]) -> None:
+def hold(s: Session, name: str, inputs: Inputs, relations: list[Related]) -> None:
     """Ask everything, judge everything, and hold the answers against each other."""
     if any(r.nan for r in relations) and not getattr(s.backend, "nan_safe", True):
         raise Unsupported(f"scenario: {s.backend.name} declares that it multiplies by zero what nobody asks for")
-    for asked in (q for r in relations for q in r.others if q.handed is not given.handed):
+    for asked in (q for r in relations for q in r.others if q.backend_layer is not inputs.backend_layer):
         if reason := s.why_not(asked.case.problem):
             raise Unsupported(reason)
-    call = s.prepare(given.case.problem, given.handed)
-    first = relations[0].first or given
+    call = s.prepare(inputs.case.problem, inputs.backend_layer)
+    first = relations[0].first or inputs
     answer = decode(s.check(call, first, "the first question").cpu())
     for r in relations:
         answers = []
         for asked in r.others:
-            same_layer = asked.handed is given.handed
-            again = call if same_layer else s.prepare(asked.case.problem, asked.handed)
+            same_layer = asked.backend_layer is inputs.backend_layer
+            again = call if same_layer else s.prepare(asked.case.problem, asked.backend_layer)
             answers.append(_answer(s, again, asked, first, r.copies))
         if _owed(s, r.holds):
             verdict = judge_exact(r.joined(answers), r.implied(answer))
@@ -112,24 +112,24 @@ def _owed(s: Session, holds: str) -> bool:
 # -- making other questions of one ------------------------------------------------------------------------------------
 
 
-def tokens_of(given: Inputs, variant: str, rows: Tensor) -> Inputs:
+def tokens_of(inputs: Inputs, variant: str, rows: Tensor) -> Inputs:
     """The same layer asked about these tokens of the batch."""
-    case = given.case.change(tokens=len(rows))
-    x = given.hidden_states[rows]
+    case = inputs.case.change(tokens=len(rows))
+    x = inputs.hidden_states[rows]
     return replace(
-        given, case=case, hidden_states=padded_rows(x) if case.problem.padded else x,
-        topk_weights=given.topk_weights[rows], topk_ids=given.topk_ids[rows], variant=variant,
+        inputs, case=case, hidden_states=padded_rows(x) if case.problem.padded else x,
+        topk_weights=inputs.topk_weights[rows], topk_ids=inputs.topk_ids[rows], variant=variant,
     )  # fmt: skip
 
 
 def other_layer(
-    given: Inputs, variant: str, layer: Layer, changes: dict[str, Any] | None = None, **tensors: Any
+    inputs: Inputs, variant: str, layer: Layer, changes: dict[str, Any] | None = None, **tensors: Any
 ) -> Inputs:
     """Another layer (in layout "nk"), with changes of fields of Problem, asked about the same tokens or `tensors`."""
-    case = given.case.change(**changes or {})
+    case = inputs.case.change(**changes or {})
     layer = replace(layer, problem=case.problem)
     handed = in_layout(layer, case.problem.layout)
-    return replace(given, case=case, layer=layer, handed=handed, variant=variant, **tensors)
+    return replace(inputs, case=case, layer=layer, backend_layer=handed, variant=variant, **tensors)
 
 
 def refuse(condition: bool, reason: str) -> None:

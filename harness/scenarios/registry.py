@@ -43,13 +43,13 @@ def require_promise(s: Session, word: str) -> None:
 
 def start(s: Session, **changes: Any) -> tuple[Inputs, Callable]:
     """Inputs, and the prepared call."""
-    given = s.draw(**changes)
-    return given, s.prepare(given.case.problem, given.handed)
+    inputs = s.draw(**changes)
+    return inputs, s.prepare(inputs.case.problem, inputs.backend_layer)
 
 
-def batch(s: Session, given: Inputs, **changes: Any) -> Inputs:
+def batch(s: Session, inputs: Inputs, **changes: Any) -> Inputs:
     """Another batch for the same layer: changes of tokens, routing, ids, padded."""
-    return replace(s.draw(**changes), handed=given.handed)
+    return replace(s.draw(**changes), backend_layer=inputs.backend_layer)
 
 
 def must_refuse(

@@ -32,9 +32,9 @@ def _within_blocks(n: int, device: torch.device) -> Tensor:
     return torch.cat([start + shuffled(min(BLOCK, n - start), device) for start in range(0, n, BLOCK)])
 
 
-def _local(given: Inputs) -> Tensor:
+def _local(inputs: Inputs) -> Tensor:
     """[T, k] the local expert of every slot, -1 where none serves it."""
-    return local_experts(given.topk_ids, given.case.problem.num_experts, given.layer.expert_map)
+    return local_experts(inputs.topk_ids, inputs.case.problem.num_experts, inputs.layer.expert_map)
 
 
 def _relabelled(ids: Tensor, label: Tensor) -> Tensor:
@@ -47,49 +47,49 @@ def _relabelled(ids: Tensor, label: Tensor) -> Tensor:
 
 
 @relation("token_order")
-def token_order(given: Inputs) -> Related:
+def token_order(inputs: Inputs) -> Related:
     """The tokens in another order: the same rows in that order."""
-    order = shuffled(given.case.problem.tokens, given.hidden_states.device)
+    order = shuffled(inputs.case.problem.tokens, inputs.hidden_states.device)
     return Related(
-        [tokens_of(given, "tokens reordered", order)], lambda y: y[order.cpu()], holds=in_batch(given.case.problem)
+        [tokens_of(inputs, "tokens reordered", order)], lambda y: y[order.cpu()], holds=in_batch(inputs.case.problem)
     )
 
 
 @relation("batch_parts")
-def batch_parts(given: Inputs) -> Related:
+def batch_parts(inputs: Inputs) -> Related:
     """The batch cut into one token, half of the others and the rest: the parts' rows are the whole's."""
-    tokens = given.case.problem.tokens
+    tokens = inputs.case.problem.tokens
     ends = sorted({0, min(1, tokens), (tokens + 1) // 2, tokens})
-    rows = torch.arange(tokens, device=given.hidden_states.device)
-    parts = [tokens_of(given, f"tokens {a} to {b - 1} alone", rows[a:b]) for a, b in zip(ends, ends[1:])]
+    rows = torch.arange(tokens, device=inputs.hidden_states.device)
+    parts = [tokens_of(inputs, f"tokens {a} to {b - 1} alone", rows[a:b]) for a, b in zip(ends, ends[1:])]
     refuse(not parts, "scenario: no token to part from others")
-    return Related(parts, joined=torch.cat, holds=in_batch(given.case.problem))
+    return Related(parts, joined=torch.cat, holds=in_batch(inputs.case.problem))
 
 
 @relation("repeated_tokens")
-def repeated_tokens(given: Inputs) -> Related:
+def repeated_tokens(inputs: Inputs) -> Related:
     """Every token a second time, behind all others: its row a second time."""
-    rows = torch.arange(given.case.problem.tokens, device=given.hidden_states.device).repeat(2)
+    rows = torch.arange(inputs.case.problem.tokens, device=inputs.hidden_states.device).repeat(2)
     return Related(
-        [tokens_of(given, "every token twice", rows)], lambda y: y.repeat(2, 1),
-        holds=in_batch(given.case.problem), copies=2,
+        [tokens_of(inputs, "every token twice", rows)], lambda y: y.repeat(2, 1),
+        holds=in_batch(inputs.case.problem), copies=2,
     )  # fmt: skip
 
 
 @relation("nan_rows")
-def nan_rows(given: Inputs) -> Related:
+def nan_rows(inputs: Inputs) -> Related:
     """Tokens that nobody serves, and weights of slots without expert, are NaN (a padded batch): it reaches nothing."""
-    problem = given.case.problem
+    problem = inputs.case.problem
     refuse(batch_is_one(problem), "quant: a NaN in a batch with one dynamic scale is nobody's contract")
-    unserved = (_local(given) < 0).all(1)
+    unserved = (_local(inputs) < 0).all(1)
     refuse(not unserved.any(), "scenario: every token is served")
     refuse(problem.shared_experts > 0, "shared_experts: they serve every token")
-    x = torch.where(unserved[:, None], torch.nan, given.hidden_states)
-    nowhere = (given.topk_ids < 0) | (given.topk_ids >= problem.num_experts)
-    weights = torch.where(nowhere, torch.nan, given.topk_weights)
+    x = torch.where(unserved[:, None], torch.nan, inputs.hidden_states)
+    nowhere = (inputs.topk_ids < 0) | (inputs.topk_ids >= problem.num_experts)
+    weights = torch.where(nowhere, torch.nan, inputs.topk_weights)
     x = padded_rows(x) if problem.padded else x
     return Related(
-        [replace(given, hidden_states=x, topk_weights=weights, variant="NaN where nobody serves")],
+        [replace(inputs, hidden_states=x, topk_weights=weights, variant="NaN where nobody serves")],
         holds="path", nan=True,
     )  # fmt: skip
 
@@ -102,130 +102,132 @@ def _refuse_unless_linear(problem: Problem) -> None:
 
 
 @relation("doubled_weights")
-def doubled_weights(given: Inputs) -> Related:
+def doubled_weights(inputs: Inputs) -> Related:
     """Router weights times two: outputs times two, to the bit, since doubling commutes with every rounding. (But for
     subnormal numbers, which random fp16 outputs may be.)"""
-    problem = given.case.problem
+    problem = inputs.case.problem
     _refuse_unless_linear(problem)
     refuse(problem.shared_experts > 0, "shared_experts: their weight stays 1")
-    double = replace(given, topk_weights=2 * given.topk_weights, variant="router weights doubled")
+    double = replace(inputs, topk_weights=2 * inputs.topk_weights, variant="router weights doubled")
     return Related([double], lambda y: 2 * y, holds="exact" if problem.dtype == "fp16" else "path")
 
 
 @relation("weight_parts")
-def weight_parts(given: Inputs) -> Related:
+def weight_parts(inputs: Inputs) -> Related:
     """The weights of the even slots alone and of the odd ones alone: the answers add up to the whole."""
-    problem = given.case.problem
+    problem = inputs.case.problem
     _refuse_unless_linear(problem)
     refuse(problem.shared_experts > 0, "shared_experts: both parts would have them")
     refuse(problem.top_k == 1, "scenario: one slot has no parts")
-    odd = torch.arange(problem.top_k, device=given.topk_weights.device) % 2
+    odd = torch.arange(problem.top_k, device=inputs.topk_weights.device) % 2
     parts = [
-        replace(given, topk_weights=given.topk_weights * (odd == n), variant=f"{which} slots weigh nothing")
+        replace(inputs, topk_weights=inputs.topk_weights * (odd == n), variant=f"{which} slots weigh nothing")
         for n, which in ((0, "odd"), (1, "even"))
     ]
     return Related(parts, joined=lambda answers: answers[0] + answers[1])
 
 
 @relation("zero_weight")
-def zero_weight(given: Inputs) -> Related:
+def zero_weight(inputs: Inputs) -> Related:
     """A slot with weight zero is a slot without expert."""
-    problem = given.case.problem
+    problem = inputs.case.problem
     _refuse_unless_linear(problem)
-    tokens, top_k = given.topk_ids.shape
-    device = given.topk_ids.device
+    tokens, top_k = inputs.topk_ids.shape
+    device = inputs.topk_ids.device
     slot = torch.arange(top_k, device=device)
     hit = slot == (torch.arange(tokens, device=device) % (top_k + 1))[:, None]  # and every so often a token without
-    first = replace(given, topk_weights=given.topk_weights.masked_fill(hit, 0.0), variant="some weights are zero")
-    ids = given.topk_ids.masked_fill(hit, -1)
-    nobody = other_layer(given, "their ids are -1", given.layer, {"routing": "invalid"}, topk_ids=ids)
+    first = replace(inputs, topk_weights=inputs.topk_weights.masked_fill(hit, 0.0), variant="some weights are zero")
+    ids = inputs.topk_ids.masked_fill(hit, -1)
+    nobody = other_layer(inputs, "their ids are -1", inputs.layer, {"routing": "invalid"}, topk_ids=ids)
     return Related([nobody], holds=in_batch(problem), first=first)
 
 
 @relation("slot_order")
-def slot_order(given: Inputs) -> Related:
+def slot_order(inputs: Inputs) -> Related:
     """The slots of every token in another order."""
-    problem = given.case.problem
+    problem = inputs.case.problem
     refuse(problem.top_k == 1, "scenario: one slot has one order")
-    order = shuffled(problem.top_k, given.topk_ids.device)
-    weights, ids = (t[:, order].contiguous() for t in (given.topk_weights, given.topk_ids))
-    return Related([replace(given, variant="slots reordered", topk_weights=weights, topk_ids=ids)])
+    order = shuffled(problem.top_k, inputs.topk_ids.device)
+    weights, ids = (t[:, order].contiguous() for t in (inputs.topk_weights, inputs.topk_ids))
+    return Related([replace(inputs, variant="slots reordered", topk_weights=weights, topk_ids=ids)])
 
 
 # -- the experts ------------------------------------------------------------------------------------------------------
 
 
 @relation("expert_order")
-def expert_order(given: Inputs) -> Related:
+def expert_order(inputs: Inputs) -> Related:
     """The experts under other ids, here and in the layer (and, under expert_map, in other places of it)."""
-    problem, device = given.case.problem, given.topk_ids.device
+    problem, device = inputs.case.problem, inputs.topk_ids.device
     label = shuffled(problem.num_experts, device)
-    old = given.layer.expert_map
+    old = inputs.layer.expert_map
     place = label if old is None else shuffled(problem.local_experts, device)
-    layer = with_experts(given.layer, place.argsort())
+    layer = with_experts(inputs.layer, place.argsort())
     if old is not None:
         moved = torch.where(old >= 0, place[old.clamp(min=0).long()].to(old.dtype), old)
         layer = replace(layer, expert_map=moved[label.argsort()])
-    return Related([other_layer(given, "experts relabelled", layer, topk_ids=_relabelled(given.topk_ids, label))])
+    return Related([other_layer(inputs, "experts relabelled", layer, topk_ids=_relabelled(inputs.topk_ids, label))])
 
 
-def _enlarged(given: Inputs, variant: str, new: int, front: bool, ids: Callable[[Tensor, Tensor], Tensor]) -> Inputs:
+def _enlarged(inputs: Inputs, variant: str, new: int, front: bool, ids: Callable[[Tensor, Tensor], Tensor]) -> Inputs:
     """Every rank gets one more expert: here a copy of local expert `new` (-1: all NaN), in front or behind. ids(old
     ids under their new names, the new expert's id [1]) are what is asked."""
-    problem, device = given.case.problem, given.topk_ids.device
+    problem, device = inputs.case.problem, inputs.topk_ids.device
     ranks, rank = (problem.ep.size, problem.ep.rank) if problem.ep else (1, 0)
     added = torch.tensor([new], device=device)
     own = torch.arange(problem.local_experts, device=device)
-    layer = with_experts(given.layer, torch.cat([added, own] if front else [own, added]))
+    layer = with_experts(inputs.layer, torch.cat([added, own] if front else [own, added]))
     first = ranks if front else 0
     label = torch.arange(problem.num_experts, device=device) + first
     own_id = torch.tensor([rank if front else problem.num_experts + rank], device=device)
-    if (old := given.layer.expert_map) is not None:
+    if (old := inputs.layer.expert_map) is not None:
         moved = old.new_full((problem.num_experts + ranks,), -1)
         moved[label] = torch.where(old >= 0, old + int(front), old)
         moved[own_id] = 0 if front else problem.local_experts
         layer = replace(layer, expert_map=moved)
-    asked = ids(_relabelled(given.topk_ids, label), own_id).to(given.topk_ids.dtype)
-    return other_layer(given, variant, layer, {"num_experts": problem.num_experts + ranks}, topk_ids=asked)
+    asked = ids(_relabelled(inputs.topk_ids, label), own_id).to(inputs.topk_ids.dtype)
+    return other_layer(inputs, variant, layer, {"num_experts": problem.num_experts + ranks}, topk_ids=asked)
 
 
 @relation("unused_expert")
-def unused_expert(given: Inputs) -> list[Related]:
+def unused_expert(inputs: Inputs) -> list[Related]:
     """One expert more, in front of the others or behind them, which nobody asks for: nothing of it, all NaN, shows."""
     return [
-        Related([_enlarged(given, f"an unused expert {where}", -1, front, lambda ids, _: ids)], nan=True)
+        Related([_enlarged(inputs, f"an unused expert {where}", -1, front, lambda ids, _: ids)], nan=True)
         for where, front in (("in front", True), ("behind", False))
     ]
 
 
 @relation("unused_nan")
-def unused_nan(given: Inputs) -> Related:
+def unused_nan(inputs: Inputs) -> Related:
     """Every expert that no token asks for is NaN."""
-    local = _local(given)
-    own = torch.arange(given.case.problem.local_experts, device=local.device)
+    local = _local(inputs)
+    own = torch.arange(inputs.case.problem.local_experts, device=local.device)
     used = torch.isin(own, local)
     refuse(bool(used.all()), "scenario: every expert is asked for")
-    layer = with_experts(given.layer, torch.where(used, own, -1))
-    return Related([other_layer(given, "unused experts are NaN", layer)], holds="path", nan=True)
+    layer = with_experts(inputs.layer, torch.where(used, own, -1))
+    return Related([other_layer(inputs, "unused experts are NaN", layer)], holds="path", nan=True)
 
 
 @relation("expert_copies")
-def expert_copies(given: Inputs) -> Related:
+def expert_copies(inputs: Inputs) -> Related:
     """The busiest expert a second time, and every other token that asked for it asks for its copy. (All its slots do:
     both at once would make the same errors, which the oracle takes to be independent.)"""
-    local = _local(given)
+    local = _local(inputs)
     refuse(not (local >= 0).any(), "scenario: no expert is asked for")
     busiest = int(local[local >= 0].mode().values)
     mine = local == busiest
     half = mine & (mine.any(1).cumsum(0) % 2 == 0)[:, None]
-    asked = _enlarged(given, "half of an expert's tokens at a copy", busiest, False, lambda ids, n: ids.where(~half, n))
+    asked = _enlarged(
+        inputs, "half of an expert's tokens at a copy", busiest, False, lambda ids, n: ids.where(~half, n)
+    )
     return Related([asked])
 
 
 @relation("ranks")
-def ranks(given: Inputs) -> list[Related]:
+def ranks(inputs: Inputs) -> list[Related]:
     """The experts dealt out to ranks, in runs and in turn: the ranks' answers add up to the whole."""
-    problem, device = given.case.problem, given.topk_ids.device
+    problem, device = inputs.case.problem, inputs.topk_ids.device
     refuse(problem.ep is not None, "expert_map: the layer is a rank's share already")
     refuse(problem.shared_experts > 0, "shared_experts: every rank would add them")
     size = next((n for n in range(2, MOST_RANKS + 1) if problem.num_experts % n == 0), 0)
@@ -237,8 +239,8 @@ def ranks(given: Inputs) -> list[Related]:
             ep = ExpertParallel(size, rank, strided)
             own = expert_map(replace(problem, ep=ep), device)
             assert own is not None
-            layer = replace(with_experts(given.layer, torch.nonzero(own >= 0).flatten()), expert_map=own)
-            shares.append(other_layer(given, f"rank {ep}", layer, {"ep": ep}))
+            layer = replace(with_experts(inputs.layer, torch.nonzero(own >= 0).flatten()), expert_map=own)
+            shares.append(other_layer(inputs, f"rank {ep}", layer, {"ep": ep}))
         found.append(Related(shares, joined=lambda answers: torch.stack(answers).sum(0)))
     return found
 
@@ -251,76 +253,76 @@ def _more(problem: Problem, size: int) -> int:
     return BLOCK if problem.quant is not None and size % BLOCK == 0 else 24
 
 
-def _ranges(given: Inputs) -> tuple[Tensor, Tensor]:
-    problem, device = given.case.problem, given.hidden_states.device
+def _ranges(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    problem, device = inputs.case.problem, inputs.hidden_states.device
     return torch.arange(problem.hidden_size, device=device), torch.arange(problem.intermediate_size, device=device)
 
 
-def _columns(given: Inputs, hidden: Tensor) -> Tensor:
+def _columns(inputs: Inputs, hidden: Tensor) -> Tensor:
     """hidden_states with these columns, zeros for -1."""
-    x = select(given.hidden_states, hidden, 1)
-    return padded_rows(x) if given.case.problem.padded else x
+    x = select(inputs.hidden_states, hidden, 1)
+    return padded_rows(x) if inputs.case.problem.padded else x
 
 
 @relation("wider_hidden")
-def wider_hidden(given: Inputs) -> Related:
+def wider_hidden(inputs: Inputs) -> Related:
     """More hidden columns, zero in hidden_states and in every weight: zeros come out of them, and the rest stays."""
-    problem = given.case.problem
-    hidden, inter = _ranges(given)
+    problem = inputs.case.problem
+    hidden, inter = _ranges(inputs)
     hidden = torch.cat([hidden, hidden.new_full((_more(problem, problem.hidden_size),), -1)])
     asked = other_layer(
-        given, "a larger hidden size", reshaped(given.layer, hidden, inter, inter), {"hidden_size": len(hidden)},
-        hidden_states=_columns(given, hidden),
+        inputs, "a larger hidden size", reshaped(inputs.layer, hidden, inter, inter), {"hidden_size": len(hidden)},
+        hidden_states=_columns(inputs, hidden),
     )  # fmt: skip
     return Related([asked], lambda y: select(y, hidden.cpu(), 1))
 
 
 @relation("wider_intermediate")
-def wider_intermediate(given: Inputs) -> Related:
+def wider_intermediate(inputs: Inputs) -> Related:
     """More intermediate columns, copies of the last, that weigh zero in w2."""
-    problem = given.case.problem
-    hidden, inter = _ranges(given)
+    problem = inputs.case.problem
+    hidden, inter = _ranges(inputs)
     more = _more(problem, problem.intermediate_size)
     copies = torch.cat([inter, inter[-1:].repeat(more)])
     ignored = torch.cat([inter, inter.new_full((more,), -1)])
-    layer = reshaped(given.layer, hidden, copies, ignored)
-    return Related([other_layer(given, "a larger intermediate size", layer, {"intermediate_size": len(copies)})])
+    layer = reshaped(inputs.layer, hidden, copies, ignored)
+    return Related([other_layer(inputs, "a larger intermediate size", layer, {"intermediate_size": len(copies)})])
 
 
 @relation("hidden_order")
-def hidden_order(given: Inputs) -> Related:
+def hidden_order(inputs: Inputs) -> Related:
     """The hidden columns in another order, in hidden_states, w13 and the outputs."""
-    _, inter = _ranges(given)
-    order = _within_blocks(given.case.problem.hidden_size, given.hidden_states.device)
-    layer = reshaped(given.layer, order, inter, inter)
-    asked = other_layer(given, "hidden columns reordered", layer, hidden_states=_columns(given, order))
+    _, inter = _ranges(inputs)
+    order = _within_blocks(inputs.case.problem.hidden_size, inputs.hidden_states.device)
+    layer = reshaped(inputs.layer, order, inter, inter)
+    asked = other_layer(inputs, "hidden columns reordered", layer, hidden_states=_columns(inputs, order))
     return Related([asked], lambda y: y[:, order.cpu()])
 
 
 @relation("intermediate_order")
-def intermediate_order(given: Inputs) -> Related:
+def intermediate_order(inputs: Inputs) -> Related:
     """The rows of gate and up, and the columns of w2 with them, in another order."""
-    hidden, _ = _ranges(given)
-    order = _within_blocks(given.case.problem.intermediate_size, given.hidden_states.device)
-    return Related([other_layer(given, "intermediate rows reordered", reshaped(given.layer, hidden, order, order))])
+    hidden, _ = _ranges(inputs)
+    order = _within_blocks(inputs.case.problem.intermediate_size, inputs.hidden_states.device)
+    return Related([other_layer(inputs, "intermediate rows reordered", reshaped(inputs.layer, hidden, order, order))])
 
 
 # -- the representation -----------------------------------------------------------------------------------------------
 
 
 @relation("layout")
-def layout(given: Inputs) -> Related:
+def layout(inputs: Inputs) -> Related:
     """The other layout of the same weights."""
-    other = "kn" if given.case.problem.layout == "nk" else "nk"
-    return Related([other_layer(given, f"layout {other}", given.layer, {"layout": other})])
+    other = "kn" if inputs.case.problem.layout == "nk" else "nk"
+    return Related([other_layer(inputs, f"layout {other}", inputs.layer, {"layout": other})])
 
 
 @relation("representation")
-def representation(given: Inputs) -> Related:
+def representation(inputs: Inputs) -> Related:
     """Ids of the other width, and rows of hidden_states further apart (or not)."""
-    problem = given.case.problem
-    ids = given.topk_ids.to(torch.int32 if problem.ids == 64 else torch.int64)
-    x = given.hidden_states.contiguous() if problem.padded else padded_rows(given.hidden_states)
+    problem = inputs.case.problem
+    ids = inputs.topk_ids.to(torch.int32 if problem.ids == 64 else torch.int64)
+    x = inputs.hidden_states.contiguous() if problem.padded else padded_rows(inputs.hidden_states)
     changes = {"ids": 96 - problem.ids, "padded": not problem.padded}
-    asked = other_layer(given, "other ids and strides", given.layer, changes, topk_ids=ids, hidden_states=x)
+    asked = other_layer(inputs, "other ids and strides", inputs.layer, changes, topk_ids=ids, hidden_states=x)
     return Related([asked])

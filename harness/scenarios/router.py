@@ -242,11 +242,11 @@ def num_valid_tokens(s: Session) -> None:
 @scenario("route.layer")
 def layer(s: Session) -> None:
     """The layer takes what the router gives it."""
-    given, call = start(s)
+    inputs, call = start(s)
     for way in ("topk_softmax", "grouped_bias"):
         weights, ids = check(s, way, way)
         key = zlib.crc32(b"".join(raw(t).cpu().numpy().tobytes() for t in (weights, ids)))
-        routed = replace(given, topk_weights=weights, topk_ids=ids, variant=f"routed {key}")
+        routed = replace(inputs, topk_weights=weights, topk_ids=ids, variant=f"routed {key}")
         s.check(call, routed, f"routed by {way}")
 
 

@@ -24,11 +24,11 @@ from harness.trace.tracing import Tracing, poison_
 def _start(s: Session, room: int | None = None, **sizes: Any) -> tuple[Inputs, Callable, Any]:
     if not hasattr(s.backend, "make_scratch"):
         raise Unsupported(f"scenario: {s.backend.name} has no scratch object")
-    given = s.draw()
-    problem = given.case.problem
+    inputs = s.draw()
+    problem = inputs.case.problem
     held = replace(problem, tokens=max(1, room if room is not None else problem.tokens))
     scratch = s.backend.make_scratch(held, s.device.torch, **sizes)
-    return given, s.prepare(problem, given.handed, scratch=scratch), scratch
+    return inputs, s.prepare(problem, inputs.backend_layer, scratch=scratch), scratch
 
 
 def buffers(scratch: Any) -> dict[str, Tensor]:
@@ -36,21 +36,25 @@ def buffers(scratch: Any) -> dict[str, Tensor]:
     return {name: value for name, value in vars(scratch).items() if isinstance(value, Tensor)}
 
 
-def _permute(s: Session, given: Inputs, scratch: Any) -> Any:
-    problem = given.case.problem
+def _permute(s: Session, inputs: Inputs, scratch: Any) -> Any:
+    problem = inputs.case.problem
     return s.backend.permute(
-        given.hidden_states, given.topk_ids, problem.num_experts, expert_map=given.handed.expert_map, scratch=scratch
+        inputs.hidden_states,
+        inputs.topk_ids,
+        problem.num_experts,
+        expert_map=inputs.backend_layer.expert_map,
+        scratch=scratch,
     )
 
 
 @scenario("scratch.reuse")
 def reuse(s: Session) -> None:
     """The same buffers at the same addresses on every call, and the same results; poison between calls."""
-    given, call, scratch = _start(s)
+    inputs, call, scratch = _start(s)
     before = {name: t.data_ptr() for name, t in buffers(scratch).items()}
     s.require(bool(before), "the scratch object holds no tensors")
     for n in (1, 2, 3):
-        s.check(call, given, f"use {n}")
+        s.check(call, inputs, f"use {n}")
         moved = [name for name, t in buffers(scratch).items() if t.data_ptr() != before.get(name)]
         s.require(not moved, f"use {n} replaced the scratch's {', '.join(moved)}")
         for tensor in buffers(scratch).values():
@@ -60,18 +64,18 @@ def reuse(s: Session) -> None:
 @scenario("scratch.pointers")
 def pointers(s: Session) -> None:
     """permute() returns the scratch's own memory every time, and a true permutation."""
-    given, _, scratch = _start(s)
-    first = _permute(s, given, scratch)
+    inputs, _, scratch = _start(s)
+    first = _permute(s, inputs, scratch)
     tensors = {n: t for n, t in vars(first).items() if isinstance(t, Tensor)}
-    again = _permute(s, given, scratch)
+    again = _permute(s, inputs, scratch)
     owned = {t.untyped_storage().data_ptr() for t in buffers(scratch).values()}
     for name, tensor in tensors.items():
         s.require(getattr(again, name).data_ptr() == tensor.data_ptr(), f"permute().{name} moved between two calls")
         s.require(tensor.untyped_storage().data_ptr() in owned, f"permute().{name} is not memory of the scratch")
     rows = int(first.expert_first_token_offset[-1])
     pairs = first.permuted_idx[:rows].long()
-    top_k = given.case.problem.top_k
-    got, wanted = first.hidden_states[:rows], given.hidden_states[pairs // top_k]
+    top_k = inputs.case.problem.top_k
+    got, wanted = first.hidden_states[:rows], inputs.hidden_states[pairs // top_k]
     s.require(torch.equal(raw(got), raw(wanted)), "permuted rows are not the tokens'")
     inverse = first.inv_permuted_idx.flatten().long()
     s.require(bool((inverse[pairs] == torch.arange(rows, device=pairs.device)).all()), "inv_permuted_idx is no inverse")
@@ -84,18 +88,18 @@ def pointers(s: Session) -> None:
     )
     s.require(bool((first.permuted_idx[rows:] == -1).all()), "permuted_idx names pairs behind the last row")
     s.require(not bool(first.hidden_states[rows:].any()), "rows behind the last pair are not zeros")
-    call = s.prepare(given.case.problem, given.handed, scratch=scratch)
-    s.check(call, given)
+    call = s.prepare(inputs.case.problem, inputs.backend_layer, scratch=scratch)
+    s.check(call, inputs)
 
 
 @scenario("scratch.sizes")
 def sizes(s: Session) -> None:
     """Batches that grow up to the scratch's room and shrink again: no row of a larger batch may be left over."""
     most = s.case.problem.tokens
-    given, call, scratch = _start(s, room=most)
+    inputs, call, scratch = _start(s, room=most)
     before = {name: t.data_ptr() for name, t in buffers(scratch).items()}
     for tokens in (n for n in (most, 1, most // 2, most - 1, 0, 2, most) if 0 <= n <= most):
-        s.check(call, batch(s, given, tokens=tokens), f"{tokens} of {most} tokens")
+        s.check(call, batch(s, inputs, tokens=tokens), f"{tokens} of {most} tokens")
         # A captured graph of another batch size goes on using the addresses of its own capture.
         moved = [name for name, t in buffers(scratch).items() if t.data_ptr() != before.get(name)]
         s.require(not moved, f"{tokens} of {most} tokens replaced the scratch's {', '.join(moved)}")
@@ -104,84 +108,90 @@ def sizes(s: Session) -> None:
 @scenario("scratch.interleaved")
 def interleaved(s: Session) -> None:
     """Two layers that share one scratch, called in turn, as all layers of a model do."""
-    given, call, scratch = _start(s)
+    inputs, call, scratch = _start(s)
     other = s.draw(seed=s.case.seed + 1)
-    other_call = s.prepare(other.case.problem, other.handed, scratch=scratch)
+    other_call = s.prepare(other.case.problem, other.backend_layer, scratch=scratch)
     for n in (1, 2):
-        s.check(call, given, f"first layer, round {n}")
+        s.check(call, inputs, f"first layer, round {n}")
         s.check(other_call, other, f"second layer, round {n}")
 
 
 @scenario("scratch.ids")
 def ids(s: Session) -> None:
     """int32 and int64 ids in turn through one scratch."""
-    given, call, _ = _start(s)
+    inputs, call, _ = _start(s)
     for bits in (32, 64, 32):
-        s.check(call, batch(s, given, ids=bits), f"int{bits} ids")
+        s.check(call, batch(s, inputs, ids=bits), f"int{bits} ids")
 
 
 @scenario("scratch.hidden_size")
 def hidden_size(s: Session) -> None:
     """A scratch that holds no hidden states serves any hidden size."""
-    given, call, scratch = _start(s, hidden_size=None, hidden_dtype=None)
-    s.check(call, given, "scratch without hidden_size")
+    inputs, call, scratch = _start(s, hidden_size=None, hidden_dtype=None)
+    s.check(call, inputs, "scratch without hidden_size")
     other = s.draw(hidden_size=s.case.problem.hidden_size + 64)
-    s.check(s.prepare(other.case.problem, other.handed, scratch=scratch), other, "another hidden_size")
+    s.check(s.prepare(other.case.problem, other.backend_layer, scratch=scratch), other, "another hidden_size")
 
 
 @scenario("scratch.steady")
 def steady(s: Session) -> None:
     """In steady state permute() allocates nothing, whatever the dtype of the ids."""
     require_promise(s, "steady_scratch")
-    given, call, scratch = _start(s)
-    s.check(call, given)
+    inputs, call, scratch = _start(s)
+    s.check(call, inputs)
     for bits in (32, 64):
-        again = batch(s, given, ids=bits)
+        again = batch(s, inputs, ids=bits)
         with Tracing() as trace:
             _permute(s, again, scratch)
         made = [f"{a.op} {a.shape} {a.dtype}" for a in trace.allocations]
         s.require(not made, f"permute() with a scratch and int{bits} ids allocated: {'; '.join(made)}")
 
 
-def _refused(s: Session, given: Inputs, scratch: Any, words: tuple[str, ...], what: str) -> None:
+def _refused(s: Session, inputs: Inputs, scratch: Any, words: tuple[str, ...], what: str) -> None:
     """permute() must raise, say what is wrong, and write nothing."""
     for tensor in buffers(scratch).values():
         poison_(tensor)
-    must_refuse(s, what, words, lambda: _permute(s, given, scratch), buffers(scratch))
+    must_refuse(s, what, words, lambda: _permute(s, inputs, scratch), buffers(scratch))
 
 
 @scenario("scratch.refuses")
 def refuses(s: Session) -> None:
     """Wrong dtype, top_k, hidden size, too many tokens, non-contiguous buffers: refused, nothing written."""
     require_promise(s, "errors")
-    given, call, scratch = _start(s)
+    inputs, call, scratch = _start(s)
     problem = s.case.problem
-    ids, x = given.topk_ids, given.hidden_states
+    ids, x = inputs.topk_ids, inputs.hidden_states
     other = torch.float32 if x.dtype != torch.float32 else torch.float16
-    _refused(s, replace(given, hidden_states=x.to(other)), scratch, ("dtype",), "another dtype")
-    _refused(s, replace(given, hidden_states=x[:, :-16].contiguous()), scratch, ("hidden_size",), "another hidden_size")
-    _refused(s, replace(given, topk_ids=torch.cat([ids, ids[:, :1]], 1)), scratch, ("top_k",), "another top_k")
-    more = batch(s, given, tokens=problem.tokens + 1)
+    _refused(s, replace(inputs, hidden_states=x.to(other)), scratch, ("dtype",), "another dtype")
+    _refused(
+        s, replace(inputs, hidden_states=x[:, :-16].contiguous()), scratch, ("hidden_size",), "another hidden_size"
+    )
+    _refused(s, replace(inputs, topk_ids=torch.cat([ids, ids[:, :1]], 1)), scratch, ("top_k",), "another top_k")
+    more = batch(s, inputs, tokens=problem.tokens + 1)
     _refused(s, more, scratch, ("tokens",), "one token too many")
-    _refused(s, replace(given, topk_ids=ids.float()), scratch, ("topk_ids",), "floating-point ids")
+    _refused(s, replace(inputs, topk_ids=ids.float()), scratch, ("topk_ids",), "floating-point ids")
     for name, tensor in buffers(scratch).items():
         if tensor.numel() > 1:
             apart = torch.empty(2 * tensor.numel(), dtype=tensor.dtype, device=tensor.device)
             strided = apart.as_strided(tensor.shape, [2 * n for n in tensor.stride()])
             setattr(scratch, name, strided)
-            _refused(s, given, scratch, ("contiguous",), f"a non-contiguous {name}")
+            _refused(s, inputs, scratch, ("contiguous",), f"a non-contiguous {name}")
             setattr(scratch, name, tensor)
-    s.check(call, given, "after the refusals")
+    s.check(call, inputs, "after the refusals")
 
 
 @scenario("scratch.device")
 def device(s: Session) -> None:
     """Tensors on another device than the scratch are refused; "cuda" and "cuda:0" are the same device."""
     require_promise(s, "errors")
-    given, call, scratch = _start(s)
+    inputs, call, scratch = _start(s)
     elsewhere = "meta" if s.device.on_cpu else "cpu"
-    away = replace(given, hidden_states=given.hidden_states.to(elsewhere), topk_ids=given.topk_ids.to(elsewhere))
+    away = replace(inputs, hidden_states=inputs.hidden_states.to(elsewhere), topk_ids=inputs.topk_ids.to(elsewhere))
     _refused(s, away, scratch, ("device",), f"tensors on {elsewhere}")
     named = s.backend.make_scratch(s.case.problem, torch.device(s.device.torch.type))
-    s.check(s.prepare(s.case.problem, given.handed, scratch=named), given, "scratch made for a device without an index")
-    s.check(call, given, "after the refusal")
+    s.check(
+        s.prepare(s.case.problem, inputs.backend_layer, scratch=named),
+        inputs,
+        "scratch made for a device without an index",
+    )
+    s.check(call, inputs, "after the refusal")

@@ -32,13 +32,13 @@ def _swap(name: str, kind: str) -> Callable:
         @scenario(f"swap.{name}")
         def swapped(s: Session) -> None:
             _require_follows(s, kind)
-            given, call = start(s)
-            layer = given.handed
-            s.check(call, given, "before the swap")
+            inputs, call = start(s)
+            layer = inputs.backend_layer
+            s.check(call, inputs, "before the swap")
             for n in (1, 2):
                 other = s.draw(seed=s.case.seed + n)
-                change(layer, other.handed)
-                s.check(call, replace(other, handed=layer), f"after swap {n}")
+                change(layer, other.backend_layer)
+                s.check(call, replace(other, backend_layer=layer), f"after swap {n}")
 
         return change
 
@@ -105,16 +105,16 @@ def offload(layer: Layer, new: Layer) -> None:
 def _partial(s: Session, names: tuple[str, ...], nothing: str) -> None:
     """Only some of the layer's tensors are replaced by another layer's."""
     _require_follows(s, "in_place")
-    given, call = start(s)
-    layer, mine = given.handed, [n for n in names if getattr(given.handed, n) is not None]
+    inputs, call = start(s)
+    layer, mine = inputs.backend_layer, [n for n in names if getattr(inputs.backend_layer, n) is not None]
     if not mine:
         raise Unsupported(f"scenario: {nothing}")
-    s.check(call, given, "before the swap")
+    s.check(call, inputs, "before the swap")
     other = s.draw(seed=s.case.seed + 1)
     for name in mine:
-        getattr(layer, name).copy_(getattr(other.handed, name))
-    mixed = replace(given.layer, **{n: getattr(other.layer, n) for n in mine})
-    s.check(call, replace(given, layer=mixed, variant="+".join(mine)), f"after a new {', '.join(mine)}")
+        getattr(layer, name).copy_(getattr(other.backend_layer, name))
+    mixed = replace(inputs.layer, **{n: getattr(other.layer, n) for n in mine})
+    s.check(call, replace(inputs, layer=mixed, variant="+".join(mine)), f"after a new {', '.join(mine)}")
 
 
 @scenario("swap.scales")
@@ -136,35 +136,35 @@ def only_w2(s: Session) -> None:
 def expert_map(s: Session) -> None:
     """The experts move to other places of this rank (and so does the map alone, rebound and in place)."""
     _require_follows(s, "rebinding")
-    given, call = start(s)
-    layer = given.handed
+    inputs, call = start(s)
+    layer = inputs.backend_layer
     if layer.expert_map is None:
         raise Unsupported("scenario: the layer has no expert_map")
-    s.check(call, given, "before")
+    s.check(call, inputs, "before")
     for n, rebind in enumerate((True, False)):
-        old = given.layer.expert_map
+        old = inputs.layer.expert_map
         assert old is not None
-        count = given.case.problem.local_experts
+        count = inputs.case.problem.local_experts
         new = torch.where(old >= 0, (old + 1 + n) % count, -1).to(old.dtype)
         if rebind:
             layer.expert_map = new.clone()
         else:
             layer.expert_map.copy_(new)
-        moved = replace(given.layer, expert_map=new)
-        s.check(call, replace(given, layer=moved, variant=f"map{n}"), "after a new expert_map")
+        moved = replace(inputs.layer, expert_map=new)
+        s.check(call, replace(inputs, layer=moved, variant=f"map{n}"), "after a new expert_map")
 
 
 def _reconfigure(s: Session, **changes) -> None:
     _require_follows(s, "config")
-    given, call = start(s)
-    layer = given.handed
-    s.check(call, given, "before")
+    inputs, call = start(s)
+    layer = inputs.backend_layer
+    s.check(call, inputs, "before")
     other = s.draw(**changes)
-    layer.problem = other.handed.problem
+    layer.problem = other.backend_layer.problem
     for name in vars(layer):
         if name != "problem":
-            setattr(layer, name, getattr(other.handed, name))
-    s.check(call, replace(other, handed=layer), f"after {changes}")
+            setattr(layer, name, getattr(other.backend_layer, name))
+    s.check(call, replace(other, backend_layer=layer), f"after {changes}")
 
 
 @scenario("swap.dtype")
@@ -186,14 +186,14 @@ def top_k(s: Session) -> None:
 def activation(s: Session) -> None:
     """The activation alone: the weights stay, so that nothing else tells that the layer changed."""
     _require_follows(s, "config")
-    given, call = start(s)
-    s.check(call, given, "before")
-    problem = replace(given.case.problem, activation="gelu" if given.case.problem.activation == "silu" else "silu")
+    inputs, call = start(s)
+    s.check(call, inputs, "before")
+    problem = replace(inputs.case.problem, activation="gelu" if inputs.case.problem.activation == "silu" else "silu")
     if reason := s.why_not(problem):
         raise Unsupported(reason)
-    given.handed.problem = problem
-    case = replace(given.case, problem=problem)
-    other = replace(given, case=case, layer=replace(given.layer, problem=problem), variant="activation")
+    inputs.backend_layer.problem = problem
+    case = replace(inputs.case, problem=problem)
+    other = replace(inputs, case=case, layer=replace(inputs.layer, problem=problem), variant="activation")
     s.check(call, other, f"after {problem.activation}")
 
 
@@ -210,13 +210,13 @@ def two_layers(s: Session) -> None:
 @scenario("swap.threads")
 def threads(s: Session) -> None:
     """16 threads race the first call."""
-    given, call = start(s)
+    inputs, call = start(s)
     ready, outputs, errors = threading.Barrier(16), [], []
 
     def race() -> None:
         ready.wait()
         try:
-            outputs.append(call(given.hidden_states, given.topk_weights, given.topk_ids))
+            outputs.append(call(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids))
         except Exception as error:  # handed to the main thread below
             errors.append(error)
 
@@ -229,24 +229,24 @@ def threads(s: Session) -> None:
     if errors:
         raise errors[0]
     for out in outputs:
-        s.accept(out, given, "one of 16 threads")
+        s.accept(out, inputs, "one of 16 threads")
     if instance := getattr(call, "instance", None):
         s.require(instance.builds == 1, f"16 threads built {instance.builds} instances")
-    s.check(call, given, "after the race")
+    s.check(call, inputs, "after the race")
 
 
 @scenario("swap.released")
 def released(s: Session) -> None:
     """After a swap nothing holds the old weights: they would fill the device."""
     _require_follows(s, "rebinding")
-    given, call = start(s)
-    layer = given.handed
-    s.check(call, given, "before")
+    inputs, call = start(s)
+    layer = inputs.backend_layer
+    s.check(call, inputs, "before")
     other = s.draw(seed=s.case.seed + 1)
     old = kept_alive(layer)
-    parameter(layer, other.handed)
-    s.check(call, replace(other, handed=layer), "after")
-    del given
+    parameter(layer, other.backend_layer)
+    s.check(call, replace(other, backend_layer=layer), "after")
+    del inputs
     gc.collect()
     alive = sum(ref() is not None for ref in old)
     s.require(alive == 0, f"{alive} of {len(old)} old tensors of the layer are still referenced after the swap")
@@ -255,13 +255,13 @@ def released(s: Session) -> None:
 @scenario("swap.dropped")
 def dropped(s: Session) -> None:
     """A layer that nobody needs any more frees its memory with its call, and does not wait for the collector."""
-    given, call = start(s)
-    s.check(call, given, "before")
-    old = kept_alive(given.handed)
+    inputs, call = start(s)
+    s.check(call, inputs, "before")
+    old = kept_alive(inputs.backend_layer)
     collecting = gc.isenabled()
     gc.disable()
     try:
-        del given, call
+        del inputs, call
         alive = sum(ref() is not None for ref in old)
     finally:
         if collecting:
@@ -273,14 +273,14 @@ def dropped(s: Session) -> None:
 def one_build(s: Session) -> None:
     """A steady layer is built once, whatever the batches; each swap builds once more."""
     require_promise(s, "one_build")
-    given, call = start(s)
+    inputs, call = start(s)
     instance: Any = getattr(call, "instance", None)
     s.require(instance is not None, "promises one_build, but what prepare() returned has no attribute instance")
     for tokens in (s.case.problem.tokens, 3, 1):
-        s.check(call, batch(s, given, tokens=tokens), f"{tokens} tokens")
+        s.check(call, batch(s, inputs, tokens=tokens), f"{tokens} tokens")
     s.require(instance.builds == 1, f"three batches of one layer built {instance.builds} instances")
     other = s.draw(seed=s.case.seed + 1)
-    parameter(given.handed, other.handed)
+    parameter(inputs.backend_layer, other.backend_layer)
     for _ in range(2):
-        s.check(call, replace(other, handed=given.handed), "after the swap")
+        s.check(call, replace(other, backend_layer=inputs.backend_layer), "after the swap")
     s.require(instance.builds == 2, f"one swap led to {instance.builds - 1} new builds")

@@ -26,8 +26,8 @@ _EXPECTED: dict[tuple, Any] = {}
 
 def _remembered(key: tuple[Inputs, Any, torch.device], compute: Callable[[], Any]) -> Any:
     """The oracle's answer for these inputs: every backend of the process is asked the same."""
-    given, how, place = key
-    known = (given.case, given.variant, how, str(place))
+    inputs, how, place = key
+    known = (inputs.case, inputs.variant, how, str(place))
     if known not in _EXPECTED:
         while len(_EXPECTED) >= 12:
             _EXPECTED.pop(next(iter(_EXPECTED)))
@@ -47,8 +47,8 @@ def _place(problem: Problem, device: Device) -> torch.device:
 def require_agreement(device: torch.device) -> None:
     """The oracle on this device must agree with the oracle on the CPU before it may judge anything there."""
     for text in ("t32-h512-i256-e8-k2-bf16-bias-random", "t32-h512-i384-e8-k4-bf16-e4m3.block.group-random"):
-        given = draw(Case.parse(text))
-        here, there = (expect(given, RoundingPlan(gate_up="io", act="io"), d) for d in (torch.device("cpu"), device))
+        inputs = draw(Case.parse(text))
+        here, there = (expect(inputs, RoundingPlan(gate_up="io", act="io"), d) for d in (torch.device("cpu"), device))
         for name in ("out", "variance"):
             a, b = getattr(here, name), getattr(there, name).cpu()
             apart = float((a - b).abs().max() / a.abs().max())
@@ -67,11 +67,13 @@ def _drawn(case: Case, place: torch.device, device: torch.device) -> Inputs:
 def _moved(drawn: Inputs, device: torch.device) -> Inputs:
     """The same inputs on another device. Strides are kept: padding between rows is part of the question."""
     arguments = {name: fence.keep(t, device) for name, t in drawn.arguments().items()}
-    return drawn.given(arguments, layer=_kept(drawn.layer, device), handed=_kept(drawn.handed, device))
+    return drawn.with_arguments(
+        arguments, layer=_kept(drawn.layer, device), backend_layer=_kept(drawn.backend_layer, device)
+    )
 
 
 def _with_own_layer(drawn: Inputs) -> Inputs:
-    return replace(drawn, handed=_kept(drawn.handed))
+    return replace(drawn, backend_layer=_kept(drawn.backend_layer))
 
 
 def _kept(layer: Layer, device: torch.device | None = None) -> Layer:

@@ -66,24 +66,24 @@ class Session:
         """What a serving engine would keep for this layer."""
         return self.backend.prepare(problem, layer, **options)
 
-    def check(self, call: Callable[..., Tensor], given: Inputs, what: str = "") -> Tensor:
+    def check(self, call: Callable[..., Tensor], inputs: Inputs, what: str = "") -> Tensor:
         """Call and judge; returns the output. Failed, with a report, if anything is wrong."""
-        out, trace = self.call(call, given, what)
+        out, trace = self.call(call, inputs, what)
         self.traces.append(trace)
-        self.accept(out, given, what, call)
+        self.accept(out, inputs, what, call)
         return out
 
-    def accept(self, out: Tensor, given: Inputs, what: str = "", call: Callable[..., Tensor] | None = None) -> None:
+    def accept(self, out: Tensor, inputs: Inputs, what: str = "", call: Callable[..., Tensor] | None = None) -> None:
         """Judge an output that a scenario got by itself. call: what can be called again, to see its stages."""
-        judgement = self.judged(out, given)
+        judgement = self.judged(out, inputs)
         self.judgements.append(judgement)
         for watch in self.observers:
-            watch(out, given, judgement)
+            watch(out, inputs, judgement)
         if not judgement.passed:
-            plans = self.plans(given.case.problem)
-            raise failure.failure(self.backend, plans, judgement, given, what, call, self.past)
-        self.past = failure.remember(self.past, given, judgement)
-        if doubt := _doubt(judgement, given):
+            plans = self.plans(inputs.case.problem)
+            raise failure.failure(self.backend, plans, judgement, inputs, what, call, self.past)
+        self.past = failure.remember(self.past, inputs, judgement)
+        if doubt := _doubt(judgement, inputs):
             self.doubts.append(doubt)
 
     def why_not(self, problem: Problem) -> str | None:
@@ -96,17 +96,17 @@ class Session:
             raise Failed(message, message)
 
     # -- one call -----------------------------------------------------------------------------------------------------
-    def call(self, call: Callable[..., Tensor], given: Inputs, what: str = "") -> tuple[Tensor, Trace]:
+    def call(self, call: Callable[..., Tensor], inputs: Inputs, what: str = "") -> tuple[Tensor, Trace]:
         """One call into poisoned, fenced memory, from fenced inputs. Inputs and weights must be what they were."""
         where = f" ({what})" if what else ""
-        handed = {name: t if fence.fences(t) else fence.keep(t) for name, t in given.arguments().items()}
-        x = given.hidden_states
+        handed = {name: t if fence.fences(t) else fence.keep(t) for name, t in inputs.arguments().items()}
+        x = inputs.hidden_states
         tracing = Tracing()
         out = tracing.trace.fenced(torch.empty(x.shape, dtype=x.dtype, device=x.device), "out")
-        for name, tensor in {**handed, **given.handed.tensors()}.items():
+        for name, tensor in {**handed, **inputs.backend_layer.tensors()}.items():
             tracing.trace.watch(tensor, name)
         before = {name: t.clone() for name, t in handed.items()}
-        digests = {name: digest(t) for name, t in given.handed.tensors().items()}
+        digests = {name: digest(t) for name, t in inputs.backend_layer.tensors().items()}
         keywords = {"out": out} if backends.takes_out(call) else {}
         with self._guarding(tracing.trace) as faults, tracing as trace:
             result = call(*handed.values(), **keywords)
@@ -120,7 +120,7 @@ class Session:
         self.require(not overrun, f"wrote outside of {overrun}: a canary next to it changed{where}")
         for name, old in before.items():
             self.require(same_bits(old, handed[name]), f"{name} was changed by the call{where}")
-        changed = [name for name, t in given.handed.tensors().items() if digest(t) != digests[name]]
+        changed = [name for name, t in inputs.backend_layer.tensors().items() if digest(t) != digests[name]]
         self.require(not changed, f"the layer's {', '.join(changed)} was changed by the call{where}")
         return result, trace
 
@@ -132,15 +132,15 @@ class Session:
 
         return sanitizer.guarding(trace, self.widest_offset)
 
-    def judged(self, out: Tensor, given: Inputs) -> Judgement:
+    def judged(self, out: Tensor, inputs: Inputs) -> Judgement:
         """The judgement of one output, under the admissible plan that fits best."""
-        place = _place(given.case.problem, self.device)
+        place = _place(inputs.case.problem, self.device)
         got = decode(out.to(place))
-        if given.case.fill == "exact":
-            return judge_exact(got, _remembered((given, "exact", place), partial(exact_output, given, place)))
+        if inputs.case.fill == "exact":
+            return judge_exact(got, _remembered((inputs, "exact", place), partial(exact_output, inputs, place)))
         best = None
-        for plan in self.plans(given.case.problem):
-            found = judge(got, _remembered((given, plan, place), partial(expect, given, plan, place)))
+        for plan in self.plans(inputs.case.problem):
+            found = judge(got, _remembered((inputs, plan, place), partial(expect, inputs, plan, place)))
             if best is None or found.budget < best.budget:
                 best = found
             if found.passed:
@@ -171,18 +171,18 @@ class Session:
             verdict.trace = self.traces[-1].summary()
 
 
-def _doubt(judgement: Judgement, given: Inputs) -> str | None:
+def _doubt(judgement: Judgement, inputs: Inputs) -> str | None:
     """Why a match proves little, if it does: of the rows that are served, too few outputs stand out of the noise."""
     expected = judgement.expected
     if expected is None or not expected.numel():
         return "there is no output to compare"
-    local = local_experts(given.topk_ids, given.case.problem.num_experts, given.layer.expert_map)
+    local = local_experts(inputs.topk_ids, inputs.case.problem.num_experts, inputs.layer.expert_map)
     served = (local >= 0).any(1).to(expected.device)
-    if not served.any() and not given.case.problem.shared_experts:
+    if not served.any() and not inputs.case.problem.shared_experts:
         return "no token meets an expert: only zeros are compared"
     telling = torch.isfinite(expected) & (expected != 0)
     if judgement.sigma is not None:
         telling &= expected.abs() > 4 * judgement.sigma
-    rows = served & torch.isfinite(expected).all(1) | (given.case.problem.shared_experts > 0)
+    rows = served & torch.isfinite(expected).all(1) | (inputs.case.problem.shared_experts > 0)
     share = float(telling[rows].double().mean()) if rows.any() else 0.0
     return None if share >= 0.3 else f"only {share:.0%} of the outputs are large enough to tell right from wrong"

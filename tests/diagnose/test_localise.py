@@ -127,11 +127,11 @@ def test_the_rows_and_columns_are_told(monkeypatch):
 def test_no_stage_of_a_right_kernel_is_accused(backend, text):
     case, backend = Case.parse(text), backend()
     session = Session(case, backend, CPU)
-    given = session.draw()
-    call = session.prepare(case.problem, given.handed)
-    seen = backend.stages(call, given.hidden_states, given.topk_weights, given.topk_ids)
+    inputs = session.draw()
+    call = session.prepare(case.problem, inputs.backend_layer)
+    seen = backend.stages(call, inputs.hidden_states, inputs.topk_weights, inputs.topk_ids)
     assert set(seen) >= {"expert", "x", "h", "a", "operand", "slots", "out"}
-    assert first_wrong(seen, given, session.plans(case.problem)[0]) is None
+    assert first_wrong(seen, inputs, session.plans(case.problem)[0]) is None
 
 
 class Exposed(TritonMoE):
@@ -147,10 +147,10 @@ class Exposed(TritonMoE):
 def localised(show, change=0.0):
     case, backend = Case.parse(PLAIN), Exposed(show)
     session = Session(case, backend, CPU)
-    given = session.draw()
-    call = session.prepare(case.problem, given.handed)
-    got = call(given.hidden_states, given.topk_weights, given.topk_ids).double() + change
-    return localise(backend, call, given, session.plans(case.problem)[0], got)
+    inputs = session.draw()
+    call = session.prepare(case.problem, inputs.backend_layer)
+    got = call(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids).double() + change
+    return localise(backend, call, inputs, session.plans(case.problem)[0], got)
 
 
 def test_stages_that_are_not_shown_are_not_asked():
@@ -173,5 +173,5 @@ def test_a_backend_without_stages_is_left_alone():
     from tests.support.emulated import Emulated
 
     case = Case.parse(PLAIN)
-    given = Session(case, Emulated(), CPU).draw()
-    assert localise(Emulated(), print, given, None, torch.zeros(1)) == ("", "")
+    inputs = Session(case, Emulated(), CPU).draw()
+    assert localise(Emulated(), print, inputs, None, torch.zeros(1)) == ("", "")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from harness.device import Device
-from harness.diagnose import failure, match
-from harness.diagnose.faults import BANK, suspect
-from harness.diagnose.match import CLOSEST, EQUAL, WHERE_WRONG, WITHIN, affordable, name, stale
+from harness.diagnose import failure
+from harness.diagnose.faults import FAULTS, fault
+from harness.diagnose.match import CLOSEST, EQUAL, WHERE_WRONG, WITHIN, affordable, match, stale
 from harness.inputs.draw import draw
 from harness.oracle.stages import Oracle
 from harness.problem.case import Case
@@ -58,7 +58,7 @@ def answers(text, plan):
     """The oracle, and the output of every suspect that can be suspected here."""
     case = Case.parse(text)
     o = Oracle(draw(case), None if case.fill == "exact" else plan)
-    found = {n: f(o) for n, f in BANK.items()}
+    found = {n: f(o) for n, f in FAULTS.items()}
     exact = case.fill == "exact"
     return o, {n: o.stored(a) if exact else a.stages.out for n, a in found.items() if a is not None}
 
@@ -66,7 +66,7 @@ def answers(text, plan):
 def apart(o, outs):
     """[n, n] bool: whether two outputs differ; for random ones by more than half a step of the output's format."""
     flat = torch.stack([out.nan_to_num(1e9).flatten() for out in outs])
-    if o.given.case.fill == "exact":
+    if o.inputs.case.fill == "exact":
         return (flat[:, None, :32768] != flat[None, :, :32768]).any(2)
     power = o.right.stages.out.nan_to_num().norm()
     distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
@@ -74,13 +74,13 @@ def apart(o, outs):
 
 
 def test_every_suspect_can_be_told_from_every_other():
-    names = list(BANK)
+    names = list(FAULTS)
     place = {n: i for i, n in enumerate(names)}
     told = torch.zeros(len(names), len(names), dtype=torch.bool)
     asked = [(text, STORES) for text in APART] + [("t9-h128-i64-e3-k2-bf16-e4m3.block.group-random", W8A16)]
     for text, plan in asked:
         o, outs = answers(text, plan)
-        right = o.stored(o.right) if o.given.case.fill == "exact" else o.right.stages.out
+        right = o.stored(o.right) if o.inputs.case.fill == "exact" else o.right.stages.out
         here = torch.tensor([place[n] for n in outs])
         differ = apart(o, [*outs.values(), right])
         seen = here[differ[:-1, -1]]
@@ -96,7 +96,7 @@ def test_every_suspect_can_be_told_from_every_other():
 
 def test_a_name_is_given_once():
     with pytest.raises(ValueError, match="'router weight missing': the bank has one of that name"):
-        suspect("router weight missing")(lambda o: o.right)
+        fault("router weight missing")(lambda o: o.right)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ def test_a_name_is_given_once():
 def test_no_output_is_too_wrong_to_be_asked_about(text, value):
     case = Case.parse(text)
     session = Session(case, Emulated(), CPU)
-    given = session.draw()
-    judgement = session.judged(torch.full_like(given.hidden_states, value), given)
-    found = name(judgement, given, [STORES], [(given, torch.zeros(3, case.problem.hidden_size).double())])
+    inputs = session.draw()
+    judgement = session.judged(torch.full_like(inputs.hidden_states, value), inputs)
+    found = match(judgement, inputs, [STORES], [(inputs, torch.zeros(3, case.problem.hidden_size).double())])
     assert found is None or (found.names and str(found))
 
 
@@ -275,13 +275,13 @@ def test_what_is_left_of_the_call_before_is_recognized(scenario, keeps, cause):
 
 
 def test_rows_that_a_larger_batch_left_behind_are_recognized():
-    given = draw(Case.parse("t24-h96-i40-e4-k2-bf16-exact"))
+    inputs = draw(Case.parse("t24-h96-i40-e4-k2-bf16-exact"))
     shorter = draw(Case.parse("t16-h96-i40-e4-k2-bf16-exact"))
     left = torch.randn(24, 96).bfloat16().double()
     got = Oracle(shorter).right.stages.out.clone()
     got[12:] = left[12:16]
     session = Session(shorter.case, Emulated(), CPU)
-    found = name(session.judged(got.float(), shorter), shorter, [STORES], [(given, left)])
+    found = match(session.judged(got.float(), shorter), shorter, [STORES], [(inputs, left)])
     assert found is not None and (found.how, found.cause) == (WHERE_WRONG, "the output of the call before")
 
 
@@ -289,11 +289,11 @@ def test_a_session_lets_go_of_what_it_handed_out():
     case = Case.parse("t9-h64-i32-e4-k2-bf16-random-swap.released")
     assert run_case(case, Emulated(), CPU).status == "passed"
     session = Session(case, Emulated(), CPU)
-    given = session.draw()
+    inputs = session.draw()
     for _ in range(5):
-        session.check(session.prepare(case.problem, given.handed), given)
+        session.check(session.prepare(case.problem, inputs.backend_layer), inputs)
     assert len(session.past) == failure.REMEMBERED
-    assert all(past.handed is past.layer for past, _ in session.past)
+    assert all(past.backend_layer is past.layer for past, _ in session.past)
     assert set(stale(session.past)) >= {"w13 of the call before", "ids of 2 calls before"}
 
 
@@ -324,4 +324,4 @@ def test_where_everything_is_red_the_first_few_are_diagnosed(monkeypatch):
 
 
 def test_the_bank_is_one():
-    assert len(BANK) > 300 and match.BANK is BANK
+    assert len(FAULTS) > 300

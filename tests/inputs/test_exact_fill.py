@@ -30,9 +30,13 @@ PROBLEMS = [
 
 
 def stages_of(text: str, seed: int = 0):
-    given = draw(Case.parse(f"{text}-s{seed}-exact"))
-    experts = oracle_experts(given.layer)
-    return given, experts, forward(decode(given.hidden_states), given.topk_weights.double(), given.topk_ids, experts)
+    inputs = draw(Case.parse(f"{text}-s{seed}-exact"))
+    experts = oracle_experts(inputs.layer)
+    return (
+        inputs,
+        experts,
+        forward(decode(inputs.hidden_states), inputs.topk_weights.double(), inputs.topk_ids, experts),
+    )
 
 
 def settled(value):
@@ -44,8 +48,8 @@ def settled(value):
 @pytest.mark.parametrize("text", PROBLEMS)
 def test_every_value_on_the_way_is_representable(text, seed):
     """h, a, each slot and each partial sum over top_k in the io dtype; where it is quantized, in e4m3."""
-    given, _, stages = stages_of(text, seed)
-    io = given.case.problem.dtype
+    inputs, _, stages = stages_of(text, seed)
+    io = inputs.case.problem.dtype
     for name in ("h", "a", "y"):
         value = settled(getattr(stages, name))
         assert torch.equal(round_to(value, io), value), name
@@ -69,16 +73,18 @@ def test_dynamic_scales_are_powers_of_two(text):
 
 def changed(text: str, spoil) -> float:
     """The share of outputs that differ when `spoil` changes the inputs."""
-    given = draw(Case.parse(f"{text}-exact"))
-    right = exact_output(given)
-    other = spoil(replace(given, layer=replace(given.layer, w13=given.layer.w13.clone(), w2=given.layer.w2.clone())))
-    return float((exact_output(other or given) != right).double().mean())
+    inputs = draw(Case.parse(f"{text}-exact"))
+    right = exact_output(inputs)
+    other = spoil(
+        replace(inputs, layer=replace(inputs.layer, w13=inputs.layer.w13.clone(), w2=inputs.layer.w2.clone()))
+    )
+    return float((exact_output(other or inputs) != right).double().mean())
 
 
-def drop_column(given, column):
-    x = given.hidden_states.clone()
+def drop_column(inputs, column):
+    x = inputs.hidden_states.clone()
     x[:, column] = 0
-    return replace(given, hidden_states=x)
+    return replace(inputs, hidden_states=x)
 
 
 def test_not_vacuous(capsys):
@@ -89,9 +95,9 @@ def test_not_vacuous(capsys):
     shares = {"one K column (least of 24)": min(changed(text, lambda g, c=c: drop_column(g, c)) for c in columns)}
 
     def zero(tensor, index):
-        def spoil(given):
-            getattr(given.layer, tensor)[index] = 0
-            return given
+        def spoil(inputs):
+            getattr(inputs.layer, tensor)[index] = 0
+            return inputs
 
         return spoil
 
@@ -116,8 +122,8 @@ def test_not_vacuous(capsys):
 
 def test_a_16_bit_accumulator_shows():
     """Ramp tokens drive a bf16 accumulator over its integers; float32 and a 14-bit one stay exact."""
-    given = draw(Case.parse("t16-h2048-i64-e2-k1-bf16-exact"))
-    x, w = given.hidden_states.double(), given.layer.w13[0].double()
+    inputs = draw(Case.parse("t16-h2048-i64-e2-k1-bf16-exact"))
+    x, w = inputs.hidden_states.double(), inputs.layer.w13[0].double()
     exact = x @ w.T
     running, peak = torch.zeros_like(exact), torch.zeros_like(exact)
     for k in range(0, 2048, 32):

@@ -298,7 +298,7 @@ def test_with_the_triton_kernels_themselves():
         for text in fp8, "t3-h64-i64-e4-k1-bf16-ep2.1-kn-win-exact":
             case = Case.parse(text)
             inputs, problem = draw(case), case.problem
-            call = backend.prepare(problem, inputs.handed)
+            call = backend.prepare(problem, inputs.backend_layer)
             got = call(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids)
 
             # The exact fill: every way to compute it gives these bits.
@@ -317,7 +317,8 @@ def test_with_the_triton_kernels_themselves():
                         y = expert("w2", e) @ (torch.nn.functional.silu(gate) * up) + bias[1]
                         want[t] += y * (1 if problem.router_weight_on_input else w)
             assert got.abs().max() > 0 and torch.equal(got, want.bfloat16()), (got, want)
-            inputs.handed.w2 = torch.zeros_like(inputs.handed.w2.view(torch.uint8)).view(inputs.handed.w2.dtype)
+            w2 = inputs.backend_layer.w2
+            inputs.backend_layer.w2 = torch.zeros_like(w2.view(torch.uint8)).view(w2.dtype)
             zeroed = call(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids)
             assert call.instance.builds == 2 and not torch.equal(zeroed, got)
             assert "quantize" in backend.expected_launches(problem)[1]

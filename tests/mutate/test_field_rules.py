@@ -82,11 +82,11 @@ def test_triton_kernels_bounds_the_rms_more_tightly_than_the_largest_error():
     ],
 )  # fmt: skip
 def test_the_naive_layer_is_the_layer_to_the_precision_of_its_dtype(descriptor):
-    given = draw(Case.parse(descriptor))
-    found, right = naive(given).double(), exact_output(given).double()
+    inputs = draw(Case.parse(descriptor))
+    found, right = naive(inputs).double(), exact_output(inputs).double()
     assert found.dtype == torch.float64 and found.shape == right.shape
     apart = (found - right).square().mean().sqrt() / right.square().mean().sqrt()
-    unit = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 2**-24}[given.case.problem.dtype]
+    unit = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 2**-24}[inputs.case.problem.dtype]
     assert 0 < apart < 8 * unit
 
 

@@ -380,6 +380,6 @@ def test_what_compiles_for_some_cases_is_a_program(smallest, word):
                 raise CompilationError("at 1:2:")
             return super().run(layer, x, weights, ids, out)
 
-    row = families.Row(Case.parse("t2-h2048-i8-e2-k1-bf16-random"), "layers", "why")
+    row = families.CaseRow(Case.parse("t2-h2048-i8-e2-k1-bf16-random"), "layers", "why")
     *_, run = worker._Cases(BUG, {"partly": Partly()}, CPU, ()).of((row,))
     assert run.status == word and run.reason.startswith("CompilationError")

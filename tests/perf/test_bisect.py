@@ -9,7 +9,7 @@ from harness import cli
 from harness.base.errors import UserError
 from harness.commands import bisect
 from harness.perf.bisect.log import Log
-from harness.perf.bisect.measure import PAIRS, Bench
+from harness.perf.bisect.measure import PAIRS, WorkerPool
 from tests.support.demo_repository import git
 from tests.support.small_history import FakeCheckouts, make
 
@@ -37,7 +37,7 @@ def ask(tmp_path, capsys):
         names, fake = asked.names, fake or FakeCheckouts(asked.repository)
         line = ["bisect", CASE, "--backend", "mine:Mine", "--good", names[good], "--bad", names[bad], *options]
         args = cli._parser().parse_args([*line, *(["--metric", metric] if metric else [])])
-        code = bisect.carry_out(args, Bench(fake, "cpu"))
+        code = bisect.carry_out(args, WorkerPool(fake, "cpu"))
         return code, capsys.readouterr().out, names, fake
 
     asked.repository, asked.names = tmp_path / "repository", []

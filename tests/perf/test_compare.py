@@ -10,7 +10,7 @@ import pytest
 from harness import cli
 from harness.commands import compare as command
 from harness.perf.compare import compare, statistics
-from harness.perf.compare.compare import Question, Trial
+from harness.perf.compare.compare import Comparison, Question, Trial
 from harness.perf.compare.report import markdown, summed_up, table
 from harness.perf.versions.checkout import Checkouts, WorkerError
 from tests.perf.test_checkout import CASE, MOE, commit, git, repository
@@ -311,10 +311,10 @@ def test_the_table_fits():
     long = "t4096-h16384-i14336-e256-k16-bf16-e4m3.block.group-swigluoai-limit128-bias-kn-ep8.1-random"
     wide = statistics.Estimate(2.5, 2.0, 3.2, 0, 1, 0.5, 0.1, 5, 12)
     rows = [
-        compare.Row(long, "some.package.of.theirs:Backend", "device_us", "regressed", 123456.7, 4e5, ["x" * 300], wide,
+        Comparison(long, "some.package.of.theirs:Backend", "device_us", "regressed", 123456.7, 4e5, ["x" * 300], wide,
                     0.62, 12 * 360, 1234.5),
-        compare.Row(long, "some.package.of.theirs:Backend", "allocated_bytes", "regressed", 10**10, 2 * 10**10),
-        compare.Row(long, "mine", "correct", "not compared", "unsupported", "unsupported", ["a | b"]),
+        Comparison(long, "some.package.of.theirs:Backend", "allocated_bytes", "regressed", 10**10, 2 * 10**10),
+        Comparison(long, "mine", "correct", "not compared", "unsupported", "unsupported", ["a | b"]),
     ]  # fmt: skip
     lines = table(rows)
     assert max(map(len, lines)) <= 120
@@ -325,8 +325,8 @@ def test_the_table_fits():
 
 def test_the_totals_say_what_would_have_been_found():
     estimate = statistics.Estimate(0.0, -0.01, 0.01, 0.5, 0.5, 0.012, 0.003, 5, 3)
-    row = compare.Row(CASE, "mine", "device_us", "same", 10.0, 10.0, [], estimate, 0.034, 60, 1.0)
-    found = compare.Row(CASE, "other", "device_us", "regressed", 10.0, 20.0, [], estimate, 0.5, 60, 1.0)
+    row = Comparison(CASE, "mine", "device_us", "same", 10.0, 10.0, [], estimate, 0.034, 60, 1.0)
+    found = Comparison(CASE, "other", "device_us", "regressed", 10.0, 20.0, [], estimate, 0.5, 60, 1.0)
     lines = summed_up([row, found, row], 3.2)
     assert lines[0] == "3 metrics in 3 s: 1 regressed, 2 same."
     assert "2 timed as same or undecided, a change of 3.4 % would have been found" in lines[1]

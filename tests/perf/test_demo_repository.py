@@ -10,7 +10,7 @@ import tests.support.interpreted  # noqa: F401  the demonstration's kernels are 
 from harness import cli
 from harness.base.processes import ROOT, environment
 from harness.commands import bisect
-from harness.perf.bisect.measure import Bench
+from harness.perf.bisect.measure import WorkerPool
 from harness.perf.versions.checkout import Checkouts
 from tests.support import demo_repository
 
@@ -53,7 +53,7 @@ def demonstration(tmp_path_factory):
 def bench(demonstration):
     """Workers that the stories share: most of the time of a bisection is the start of its workers."""
     with Checkouts(demonstration[0], keep=18) as checkouts:
-        yield Bench(checkouts, "cpu", keep=18)
+        yield WorkerPool(checkouts, "cpu", keep=18)
 
 
 def arguments(commits, case, backend, metric, bad="bad"):

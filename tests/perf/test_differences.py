@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from harness.perf.count.differences import differences
-from harness.perf.count.structure import Structure
+from harness.perf.count.structure import CallCounts
 from harness.perf.metrics import STRUCTURE
 from harness.trace.launches import Launch
 
@@ -19,7 +19,7 @@ def launch(name="_gemm", **changes):
     return Launch(name, (4,), f"kernels:{name}", arguments, {"num_warps": 4}, ("BLOCK_N",)).spec()
 
 
-OLD = Structure(
+OLD = CallCounts(
     metrics=dict.fromkeys(STRUCTURE, 2) | {"allocated_bytes": 4096},
     kernels=["_gemm[4]", "_combine[1]"],
     operators={"empty": 2},

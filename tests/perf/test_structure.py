@@ -10,7 +10,7 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from harness.device import Device
-from harness.perf.count.structure import NotCorrect, NotMeasured, Structure, measure
+from harness.perf.count.structure import CallCounts, NotCorrect, NotMeasured, measure
 from harness.perf.metrics import STRUCTURE
 from harness.problem.case import Case
 from tests import interpreted  # noqa: F401  skips where kernels are not interpreted
@@ -46,7 +46,7 @@ class Extra:
 PLAIN: list = []
 
 
-def plain() -> Structure:
+def plain() -> CallCounts:
     PLAIN[:] = PLAIN or [measure(CASE, Extra(), CPU)]
     return PLAIN[0]
 
@@ -147,7 +147,7 @@ def test_triton_is_left_as_it_was():
 
 def test_launches_keep_no_tensor():
     found = measure(CASE, Extra(partial(launch, grid=(1,))), CPU)
-    assert Structure.of(json.loads(json.dumps(found.record()))) == found
+    assert CallCounts.of(json.loads(json.dumps(found.record()))) == found
 
 
 def test_a_wrong_case_has_no_numbers():

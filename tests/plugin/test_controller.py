@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from harness.plugin.controller import Controller
-from harness.plugin.process import Harness
+from harness.plugin.process import Process
 
 
 def command(error):
@@ -38,8 +38,8 @@ def test_a_command_that_is_wrong():
 def test_a_note_is_read_whole_while_it_is_written(tmp_path):
     """The controller reads every worker's note when one of them dies; the others go on writing theirs."""
     worker = SimpleNamespace(worker={"moe_notes": str(tmp_path), "workerid": "gw0"})
-    Harness.note(worker, nodeid="first")
-    writing = Thread(target=lambda: [Harness.note(worker, nodeid="x" * n) for n in range(2000)])
+    Process.note(worker, nodeid="first")
+    writing = Thread(target=lambda: [Process.note(worker, nodeid="x" * n) for n in range(2000)])
     writing.start()
     while writing.is_alive():
         assert [set(json.loads(path.read_text())) for path in tmp_path.glob("*.json")] == [{"nodeid"}]

@@ -112,5 +112,5 @@ def test_a_word_that_is_none_is_refused_by_name(declared, message):
 
 
 def test_ids_of_64_bits_lie_densely():
-    given = draw(Case.parse("t9-h64-i32-e6-k3-bf16-ids64-random"))
-    assert given.topk_ids.dtype == torch.int64 and given.topk_ids.is_contiguous()
+    inputs = draw(Case.parse("t9-h64-i32-e6-k3-bf16-ids64-random"))
+    assert inputs.topk_ids.dtype == torch.int64 and inputs.topk_ids.is_contiguous()

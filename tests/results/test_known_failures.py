@@ -147,7 +147,7 @@ def test_what_is_known_to_end_the_process_ends_one_of_its_own(battery):
 KNOWN = known_failures.read()
 EVERY = {
     str(row.case)
-    for module in batteries.questions()
+    for module in batteries.untimed()
     for device in (Device("cpu"), Device("cuda"))
     for row in batteries.rows(module, device.on_cpu)
 }

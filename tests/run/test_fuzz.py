@@ -7,11 +7,11 @@ from collections import defaultdict
 import pytest
 
 from harness import cli
-from harness.base.minimal import missing, simplest
+from harness.base.minimal import find_minimal, missing
 from harness.device import Device
 from harness.problem.case import GRAMMAR, Case
 from harness.run import fuzz
-from harness.run.isolated import Apart
+from harness.run.isolated import IsolatedRunner
 
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
@@ -68,7 +68,7 @@ def test_what_depends_on_calls_before_is_said_to(capsys):
 
 
 def test_a_call_that_hangs_costs_its_process_only():
-    with Apart("tests.support.fuzzed:Hangs", CPU, limit=2) as apart:
+    with IsolatedRunner("tests.support.fuzzed:Hangs", CPU, limit=2) as apart:
         hung = apart.run(Case.parse("t3-h64-i32-e4-k2-bf16-exact"))
         assert hung.status == "hung" and hung.reason == "no answer in 2 s" and "in wrong" in hung.report
         assert apart.run(Case.parse("t4-h64-i32-e4-k2-bf16-exact")).status == "passed"
@@ -96,7 +96,7 @@ def test_every_field_of_the_grammar_is_drawn_within_the_budget():
         for rule in GRAMMAR:
             seen[rule.field].add(rule.show(case))
 
-    assert simplest(fuzz.cases(fuzz.Space(), 2**20), ask, seed=0, examples=300, shrinks=0) is None
+    assert find_minimal(fuzz.cases(fuzz.Space(), 2**20), ask, seed=0, examples=300, shrinks=0) is None
     assert len(cases) > 250
     sizes = [fuzz.counted(case.problem) for case in cases]
     assert sum(size > 2**20 for size in sizes) <= len(sizes) * 0.05  # the smallest there are: many experts

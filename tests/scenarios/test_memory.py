@@ -22,7 +22,7 @@ CPU = Device("cpu")
 @pytest.fixture(autouse=True)
 def unexplained(monkeypatch):
     """That an answer is wrong is enough here; to say why takes longer than to find out."""
-    plain = lambda backend, plans, judgement, given, what, *rest: Failed("wrong", f"wrong {what}")  # noqa: E731
+    plain = lambda backend, plans, judgement, inputs, what, *rest: Failed("wrong", f"wrong {what}")  # noqa: E731
     monkeypatch.setattr(failure, "failure", plain)
 
 

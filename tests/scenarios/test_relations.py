@@ -392,5 +392,5 @@ def test_shuffled_moves_something():
 
 
 def test_padded_rows_stay_padded():
-    given = draw(Case.parse("t4-h64-i32-e3-k2-bf16-padded"))
-    assert tokens_of(given, "two", torch.tensor([3, 0])).hidden_states.stride(0) == 128
+    inputs = draw(Case.parse("t4-h64-i32-e3-k2-bf16-padded"))
+    assert tokens_of(inputs, "two", torch.tensor([3, 0])).hidden_states.stride(0) == 128

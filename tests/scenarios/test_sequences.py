@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from harness.base.minimal import missing, pick, simplest
+from harness.base.minimal import find_minimal, missing, pick
 from harness.base.processes import ROOT
 from harness.device import Device
 from harness.problem.case import Case
@@ -138,7 +138,7 @@ def test_what_a_backend_excludes_is_not_drawn():
     def ask(sequence):
         drawn.update(type(step) for step in sequence)
 
-    simplest(sequences.steps(s), ask, seed=0, examples=30, shrinks=0)
+    find_minimal(sequences.steps(s), ask, seed=0, examples=30, shrinks=0)
     assert drawn == {steps.Call, steps.Prepare, steps.NaN}
 
 
@@ -157,7 +157,7 @@ def test_every_change_is_drawn_for_who_follows_all():
 # -- seeds ------------------------------------------------------------------------------------------------------------
 def examples(seed):
     seen = []
-    simplest(pick(range(50)), seen.append, seed=seed, examples=25, shrinks=0)
+    find_minimal(pick(range(50)), seen.append, seed=seed, examples=25, shrinks=0)
     return seen
 
 
@@ -190,7 +190,7 @@ def test_what_is_raised_while_asking_ends_the_search():
         raise LookupError("over")
 
     with pytest.raises(LookupError, match="over"):
-        simplest(pick(range(50)), ask, seed=0, examples=25, shrinks=10)
+        find_minimal(pick(range(50)), ask, seed=0, examples=25, shrinks=10)
 
 
 def test_an_example_is_asked_once_and_shrinking_has_a_budget():
@@ -200,10 +200,10 @@ def test_an_example_is_asked_once_and_shrinking_has_a_budget():
         asked.append(example)
         return "too large" if example >= 300 else None
 
-    found, told = simplest(pick(range(1000)), ask, seed=0, examples=100, shrinks=200)
+    found, told = find_minimal(pick(range(1000)), ask, seed=0, examples=100, shrinks=200)
     assert (found, told) == (300, "too large") and len(asked) == len(set(asked))
     asked.clear()
-    found, _ = simplest(pick(range(1000)), ask, seed=0, examples=100, shrinks=0)
+    found, _ = find_minimal(pick(range(1000)), ask, seed=0, examples=100, shrinks=0)
     assert found >= 300 and sum(n >= 300 for n in asked) == 1
 
 

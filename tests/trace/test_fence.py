@@ -22,7 +22,7 @@ INTEGERS = (torch.int16, torch.int32, torch.int64)
 @pytest.fixture(autouse=True)
 def unexplained(monkeypatch):
     """That an answer is wrong is enough here; to say why takes longer than to find out."""
-    plain = lambda backend, plans, judgement, given, what, *rest: Failed("wrong", f"wrong {what}")  # noqa: E731
+    plain = lambda backend, plans, judgement, inputs, what, *rest: Failed("wrong", f"wrong {what}")  # noqa: E731
     monkeypatch.setattr(failure, "failure", plain)
 
 
@@ -68,8 +68,8 @@ def test_strides_and_alignment_are_those_of_the_tensor():
                                   "t7-h136-i72-e4-k2-fp16-e4m3.tensor.static-kn-ids64-exact"))  # fmt: skip
 def test_every_tensor_of_a_case_is_fenced(text):
     case = Case.parse(text)
-    for given in (draw(case), Session(case.change(scenario="repeat.bits"), Emulated(), CPU).draw()):
-        for name, tensor in {**given.arguments(), **given.handed.tensors()}.items():
+    for inputs in (draw(case), Session(case.change(scenario="repeat.bits"), Emulated(), CPU).draw()):
+        for name, tensor in {**inputs.arguments(), **inputs.backend_layer.tensors()}.items():
             assert fence.fences(tensor) is not None, name
 
 

@@ -5,6 +5,6 @@ below, or its wrong oracles are unknown (a test holds that).
 """
 
 from harness.diagnose.faults import routing, rows, layer, scales  # noqa: F401, I001 - the order is that of naming
-from harness.diagnose.faults.registry import BANK, Suspect, suspect
+from harness.diagnose.faults.registry import FAULTS, Fault, fault
 
-__all__ = ["BANK", "Suspect", "suspect"]
+__all__ = ["FAULTS", "Fault", "fault"]

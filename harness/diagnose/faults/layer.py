@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.diagnose.faults.registry import TILES, suspect
+from harness.diagnose.faults.registry import TILES, fault
 from harness.oracle.stages import Answer, Oracle
 from reference.activation import SWIGLUOAI_LIMIT, is_gated, split_gate_up
 from reference.moe import activated_gate, up_factor
@@ -22,60 +22,60 @@ PACKED = ("silu", "gelu", "gelu_tanh")
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
-@suspect("gate and up swapped")
+@fault("gate and up swapped")
 def _(o):
     return _rows(o, _pairs(o).flip(1))
 
 
-@suspect("gate and up interleaved taken for packed, or packed for interleaved")
+@fault("gate and up interleaved taken for packed, or packed for interleaved")
 def _(o):
     return _rows(o, _pairs(o, other=True))
 
 
-@suspect("{name} read as if transposed", name=("w13", "w2"))
+@fault("{name} read as if transposed", name=("w13", "w2"))
 def _(o, name):
     w = getattr(o.experts, name)
     return o(**{name: w.reshape(len(w), w.shape[2], w.shape[1]).transpose(1, 2)})
 
 
-@suspect("{name} of expert 0 for every expert", name=("w13", "w2"))
+@fault("{name} of expert 0 for every expert", name=("w13", "w2"))
 def _(o, name):
     w = getattr(o.experts, name)
     return o(**{name: w[:1].expand_as(w)})
 
 
-@suspect("{name} of the next expert", name=("w13", "w2"), step=(-1,))
-@suspect("{name} of the expert before", name=("w13", "w2"), step=(1,))
+@fault("{name} of the next expert", name=("w13", "w2"), step=(-1,))
+@fault("{name} of the expert before", name=("w13", "w2"), step=(1,))
 def _(o, name, step):
     return o(**{name: getattr(o.experts, name).roll(step, 0)})
 
 
-@suspect("the last {n} of K dropped in {gemm}", n=(1, *TILES), gemm=GEMMS)
+@fault("the last {n} of K dropped in {gemm}", n=(1, *TILES), gemm=GEMMS)
 def _(o, n, gemm):
     return _columns(o, gemm, lambda size: slice(-n, None) if n < size else None)
 
 
-@suspect("the first {n} of K dropped in {gemm}", n=(1, *TILES), gemm=GEMMS)
+@fault("the first {n} of K dropped in {gemm}", n=(1, *TILES), gemm=GEMMS)
 def _(o, n, gemm):
     return _columns(o, gemm, lambda size: slice(n) if n < size else None)
 
 
-@suspect("K behind the last full tile of {tile} dropped in {gemm}", tile=TILES, gemm=GEMMS)
+@fault("K behind the last full tile of {tile} dropped in {gemm}", tile=TILES, gemm=GEMMS)
 def _(o, tile, gemm):
     return _columns(o, gemm, lambda size: slice(size // tile * tile, None) if size > tile and size % tile else None)
 
 
-@suspect("only the first {tile} of K added up in {gemm}", tile=TILES, gemm=GEMMS)
+@fault("only the first {tile} of K added up in {gemm}", tile=TILES, gemm=GEMMS)
 def _(o, tile, gemm):
     return _columns(o, gemm, lambda size: slice(tile, None) if size > tile else None)
 
 
-@suspect("only the last {tile} of K added up in {gemm}", tile=TILES, gemm=GEMMS)
+@fault("only the last {tile} of K added up in {gemm}", tile=TILES, gemm=GEMMS)
 def _(o, tile, gemm):
     return _columns(o, gemm, lambda size: slice((size - 1) // tile * tile) if size > tile else None)
 
 
-@suspect("neighbouring terms of K swapped in the weights of {gemm}", gemm=GEMMS)
+@fault("neighbouring terms of K swapped in the weights of {gemm}", gemm=GEMMS)
 def _(o, gemm):
     stacks = {name: getattr(o.experts, name) for name in GEMMS[gemm]}
     if any(w.shape[2] % 2 for w in stacks.values()):
@@ -83,7 +83,7 @@ def _(o, gemm):
     return o(**{name: w.unflatten(2, (-1, 2)).flip(3).flatten(2) for name, w in stacks.items()})
 
 
-@suspect("output columns behind the last full tile of {tile} zero in {gemm}", tile=TILES, gemm=GEMMS)
+@fault("output columns behind the last full tile of {tile} zero in {gemm}", tile=TILES, gemm=GEMMS)
 def _(o, tile, gemm):
     changed = {}
     for name in GEMMS[gemm]:
@@ -126,87 +126,87 @@ def _rows(o: Oracle, pairs: Tensor) -> Answer | None:
 
 
 # -- activation -------------------------------------------------------------------------------------------------------
-@suspect("activation {other}", other=PACKED)
+@fault("activation {other}", other=PACKED)
 def _(o, other):
     return o(activation=other) if o.experts.activation in PACKED else None
 
 
-@suspect("activation quick-gelu: gate * sigmoid(1.702 gate) * up")
+@fault("activation quick-gelu: gate * sigmoid(1.702 gate) * up")
 def _(o):
     return _gated(o, lambda g, u: g * torch.sigmoid(1.702 * g) * u)
 
 
-@suspect("activation relu: relu(gate) * up")
+@fault("activation relu: relu(gate) * up")
 def _(o):
     return _gated(o, lambda g, u: g.relu() * u)
 
 
-@suspect("activation missing: gate * up")
+@fault("activation missing: gate * up")
 def _(o):
     return _gated(o, lambda g, u: g * u)
 
 
-@suspect("sigmoid(gate) * up")
+@fault("sigmoid(gate) * up")
 def _(o):
     return _gated(o, lambda g, u: torch.sigmoid(g) * u)
 
 
-@suspect("up left out of the activation")
+@fault("up left out of the activation")
 def _(o):
     return _gated(o, lambda g, u: _act(o, g))
 
 
-@suspect("up + 1 missing")
+@fault("up + 1 missing")
 def _(o):
     return _gated(o, lambda g, u: _act(o, g) * (u - 1)) if o.experts.activation == "swigluoai" else None
 
 
-@suspect("up + 1 for up")
+@fault("up + 1 for up")
 def _(o):
     return _gated(o, lambda g, u: _act(o, g) * (u + 1)) if o.experts.activation != "swigluoai" else None
 
 
-@suspect("the gate's factor {alpha} for 1.702", alpha=(1, 1.7))
+@fault("the gate's factor {alpha} for 1.702", alpha=(1, 1.7))
 def _(o, alpha):
     return o(alpha=float(alpha)) if o.experts.activation == "swigluoai" else None
 
 
-@suspect("relu not squared")
+@fault("relu not squared")
 def _(o):
     return o.resume(a=o.s.h.relu()) if o.experts.activation == "relu2" else None
 
 
-@suspect("squared without relu")
+@fault("squared without relu")
 def _(o):
     return o.resume(a=o.s.h**2) if o.experts.activation == "relu2" else None
 
 
-@suspect("clamp missing")
+@fault("clamp missing")
 def _(o):
     return o(limit=INF) if _limit(o) < INF else None
 
 
-@suspect("clamp on the gate only")
+@fault("clamp on the gate only")
 def _(o):
     return _clamped(o, lambda g, u, c: (g.clamp(max=c), u))
 
 
-@suspect("clamp on up only")
+@fault("clamp on up only")
 def _(o):
     return _clamped(o, lambda g, u, c: (g, u.clamp(-c, c)))
 
 
-@suspect("gate clamped from below as well")
+@fault("gate clamped from below as well")
 def _(o):
     return _clamped(o, lambda g, u, c: (g.clamp(-c, c), u.clamp(-c, c)))
 
 
-@suspect("up not clamped from below")
+@fault("up not clamped from below")
 def _(o):
     return _clamped(o, lambda g, u, c: (g.clamp(max=c), u.clamp(max=c)))
 
 
-@suspect("a clamp at 7 whatever the layer says")
+@fault("a clamp at 7 whatever the layer says")
 def _(o):
     return o(limit=SWIGLUOAI_LIMIT) if is_gated(o.experts.activation) else None
 
@@ -240,57 +240,57 @@ def _clamped(o: Oracle, clamp: Callable[[Tensor, Tensor, float], tuple[Tensor, T
 
 
 # -- biases -----------------------------------------------------------------------------------------------------------
-@suspect("{which} missing", which=BIASES)
+@fault("{which} missing", which=BIASES)
 def _(o, which):
     return _biased(o, which, torch.zeros_like)
 
 
-@suspect("{which} added twice", which=BIASES)
+@fault("{which} added twice", which=BIASES)
 def _(o, which):
     return _biased(o, which, lambda b: 2 * b)
 
 
-@suspect("{which} of expert 0 for every expert", which=BIASES)
+@fault("{which} of expert 0 for every expert", which=BIASES)
 def _(o, which):
     return _biased(o, which, lambda b: b[:1].expand_as(b))
 
 
-@suspect("{which} of the next expert", which=BIASES)
+@fault("{which} of the next expert", which=BIASES)
 def _(o, which):
     return _biased(o, which, lambda b: b.roll(-1, 0))
 
 
-@suspect("{which} of the expert before", which=BIASES)
+@fault("{which} of the expert before", which=BIASES)
 def _(o, which):
     return _biased(o, which, lambda b: b.roll(1, 0))
 
 
-@suspect("{which} subtracted", which=BIASES)
+@fault("{which} subtracted", which=BIASES)
 def _(o, which):
     return _biased(o, which, torch.neg)
 
 
-@suspect("one element of {which} for all columns", which=("w13_bias", "w2_bias"))
+@fault("one element of {which} for all columns", which=("w13_bias", "w2_bias"))
 def _(o, which):
     return _biased(o, which, lambda b: b[:, :1].expand_as(b))
 
 
-@suspect("w13_bias of gate and up swapped")
+@fault("w13_bias of gate and up swapped")
 def _(o):
     return _gate_up_bias(o, lambda gate, up: (up, gate))
 
 
-@suspect("w13_bias of the gate for up as well")
+@fault("w13_bias of the gate for up as well")
 def _(o):
     return _gate_up_bias(o, lambda gate, up: (gate, gate))
 
 
-@suspect("w13_bias for the gate only")
+@fault("w13_bias for the gate only")
 def _(o):
     return _gate_up_bias(o, lambda gate, up: (gate, torch.zeros_like(up)))
 
 
-@suspect("w13_bias interleaved taken for packed, or packed for interleaved")
+@fault("w13_bias interleaved taken for packed, or packed for interleaved")
 def _(o):
     b = o.experts.w13_bias
     if b is None or not is_gated(o.experts.activation):
@@ -299,23 +299,23 @@ def _(o):
     return o(w13_bias=b.unflatten(1, shape).transpose(1, 2).flatten(1))
 
 
-@suspect("w2_bias not weighted by the router")
+@fault("w2_bias not weighted by the router")
 def _(o):
     return _w2_bias_times(o, 1 / o.s.weight)
 
 
-@suspect("w2_bias weighted by the router, though the input was")
+@fault("w2_bias weighted by the router, though the input was")
 def _(o):
     return _w2_bias_times(o, o.weights[o.s.token, 0]) if o.problem.router_weight_on_input else None
 
 
-@suspect("w2_bias once a token instead of once a slot")
+@fault("w2_bias once a token instead of once a slot")
 def _(o):
     first = torch.cat([o.s.token.new_ones(1), o.s.token.diff()]) > 0
     return _w2_bias_times(o, first[: len(o.s.token)].double())
 
 
-@suspect("w13_bias weighted by the router, as the input is")
+@fault("w13_bias weighted by the router, as the input is")
 def _(o):
     b = o.experts.w13_bias
     if b is None or not o.problem.router_weight_on_input or o.experts.shared:

@@ -19,21 +19,21 @@ from typing import Any
 
 from harness.oracle.stages import Answer, Oracle
 
-Suspect = Callable[[Oracle], "Answer | None"]
-BANK: dict[str, Suspect] = {}
+Fault = Callable[[Oracle], Answer | None]
+FAULTS: dict[str, Fault] = {}
 TILES = (16, 32, 64, 128)
 
 
-def suspect(template: str, /, **values: Iterable[Any]) -> Callable[[Callable], Callable]:
+def fault(template: str, /, **values: Iterable[Any]) -> Callable[[Callable], Callable]:
     """Register function(oracle, **values) under a name: the template, whose braces the values fill."""
 
     def register(function: Callable) -> Callable:
         for chosen in product(*values.values()):
             named = dict(zip(values, chosen))
             full = template.format(**named)
-            if full in BANK:
+            if full in FAULTS:
                 raise ValueError(f"suspect {full!r}: the bank has one of that name")
-            BANK[full] = partial(function, **named)
+            FAULTS[full] = partial(function, **named)
         return function
 
     return register

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from harness.diagnose.faults.registry import TILES, suspect
+from harness.diagnose.faults.registry import TILES, fault
 from harness.oracle.stages import Answer, Oracle, weighted
 from reference.formats import round_to
 from reference.moe import local_experts
@@ -16,13 +16,13 @@ from reference.moe import local_experts
 FATES = {"left out": 0.0, "never written": float("nan")}
 
 
-@suspect("an output of zeros")
+@fault("an output of zeros")
 def _(o):
     return o.resume(out=torch.zeros_like(o.x))
 
 
 # -- the router's weights ---------------------------------------------------------------------------------------------
-@suspect("router weight applied twice")
+@fault("router weight applied twice")
 def _(o):
     if not o.problem.router_weight_on_input:
         return o(weights=o.weights**2)
@@ -30,138 +30,138 @@ def _(o):
     return None if o.experts.shared else o(x=o.rows(), router_weight_on_input=False)
 
 
-@suspect("router weight missing")
+@fault("router weight missing")
 def _(o):
     return o(weights=torch.ones_like(o.weights))
 
 
-@suspect("router weight squared on input")
+@fault("router weight squared on input")
 def _(o):
     return o(weights=o.weights**2) if o.problem.router_weight_on_input else None
 
 
-@suspect("router weight on output instead of input")
+@fault("router weight on output instead of input")
 def _(o):
     return o(router_weight_on_input=False)
 
 
-@suspect("router weight on input instead of output")
+@fault("router weight on input instead of output")
 def _(o):
     once = torch.ones_like(o.s.weight)
     return None if o.problem.router_weight_on_input else o.resume(h=_weighted_input(o), weight=once)
 
 
-@suspect("router weight on input as well as on output")
+@fault("router weight on input as well as on output")
 def _(o):
     return None if o.problem.router_weight_on_input else o.resume(h=_weighted_input(o))
 
 
-@suspect("router weight applied to GEMM 1's output, its bias included")
+@fault("router weight applied to GEMM 1's output, its bias included")
 def _(o):
     return o.resume(h=o.s.h * _pair_weights(o), weight=torch.ones_like(o.s.weight))
 
 
-@suspect("router weight of the first slot for every slot")
+@fault("router weight of the first slot for every slot")
 def _(o):
     return o(weights=o.weights[:, :1].expand_as(o.weights))
 
 
-@suspect("router weight of the next pair", step=(-1,))
-@suspect("router weight of the pair before", step=(1,))
+@fault("router weight of the next pair", step=(-1,))
+@fault("router weight of the pair before", step=(1,))
 def _(o, step):
     return o(weights=o.weights.flatten().roll(step).reshape(o.weights.shape))
 
 
-@suspect("router weight of the next token", step=(-1,))
-@suspect("router weight of the token before", step=(1,))
+@fault("router weight of the next token", step=(-1,))
+@fault("router weight of the token before", step=(1,))
 def _(o, step):
     return o(weights=o.weights.roll(step, 0))
 
 
-@suspect("router weight of pair t for token t: the slots not counted")
+@fault("router weight of pair t for token t: the slots not counted")
 def _(o):
     tokens = torch.arange(len(o.weights))[:, None]
     return o(weights=o.weights.flatten()[tokens].expand_as(o.weights)) if o.weights.numel() else None
 
 
-@suspect("router weights read as if transposed")
+@fault("router weights read as if transposed")
 def _(o):
     return o(weights=o.weights.T.reshape(o.weights.shape))
 
 
-@suspect("router weights in reverse order of the slots, or experts")
+@fault("router weights in reverse order of the slots, or experts")
 def _(o):
     return o(weights=o.weights.flip(1))
 
 
-@suspect("router weights renormalised to a sum of one")
+@fault("router weights renormalised to a sum of one")
 def _(o):
     return o(weights=o.weights / o.weights.sum(1, keepdim=True)) if o.weights.shape[1] > 1 else None
 
 
-@suspect("router weights rounded to {form}", form=("bf16", "fp16"))
+@fault("router weights rounded to {form}", form=("bf16", "fp16"))
 def _(o, form):
     return o(weights=round_to(o.weights, form))
 
 
-@suspect("router weight applied after a slot was rounded")
+@fault("router weight applied after a slot was rounded")
 def _(o):
     if o.rounding.plan.weight != "before_store" or o.problem.router_weight_on_input:
         return None
     return o.resume(slots=round_to(o.s.y, o.problem.dtype) * o.s.weight[:, None])
 
 
-@suspect("mean over the slots instead of their sum")
+@fault("mean over the slots instead of their sum")
 def _(o):
     return o(weights=o.weights / o.weights.shape[1])
 
 
 # -- slots, ids and experts -------------------------------------------------------------------------------------------
-@suspect("{which} slot dropped", which=("last", "first"))
+@fault("{which} slot dropped", which=("last", "first"))
 def _(o, which):
     return o(ids=_without(o, slice(-1, None) if which == "last" else slice(1)))
 
 
-@suspect("{which} slot only", which=("last", "first"))
+@fault("{which} slot only", which=("last", "first"))
 def _(o, which):
     return o(ids=_without(o, slice(-1) if which == "last" else slice(1, None)))
 
 
-@suspect("expert of the first slot for every slot")
+@fault("expert of the first slot for every slot")
 def _(o):
     return o(ids=o.ids[:, :1].expand_as(o.ids))
 
 
-@suspect("an expert that a token has twice counted once")
+@fault("an expert that a token has twice counted once")
 def _(o):
     earlier = torch.tril(torch.ones(o.ids.shape[1], o.ids.shape[1], dtype=torch.bool), -1)
     again = ((o.ids[:, :, None] == o.ids[:, None, :]) & earlier).any(2)
     return o(ids=torch.where(again, -1, o.ids))
 
 
-@suspect("expert of the next token", step=(-1,))
-@suspect("expert of the token before", step=(1,))
+@fault("expert of the next token", step=(-1,))
+@fault("expert of the token before", step=(1,))
 def _(o, step):
     return o(ids=o.ids.roll(step, 0))
 
 
-@suspect("the next expert's weights", step=(1,))
-@suspect("the weights of the expert before", step=(-1,))
+@fault("the next expert's weights", step=(1,))
+@fault("the weights of the expert before", step=(-1,))
 def _(o, step):
     return _served(o, lambda local, count: (local + step) % count)
 
 
-@suspect("expert 0 for every pair")
+@fault("expert 0 for every pair")
 def _(o):
     return _served(o, lambda local, count: torch.zeros_like(local))
 
 
-@suspect("expert_map ignored: global ids taken for local ones")
+@fault("expert_map ignored: global ids taken for local ones")
 def _(o):
     return o(expert_map=None, num_experts=o.problem.local_experts) if o.experts.expert_map is not None else None
 
 
-@suspect("expert_map ignored: global ids counted round the local experts")
+@fault("expert_map ignored: global ids counted round the local experts")
 def _(o):
     count = o.problem.local_experts
     if o.experts.expert_map is None:
@@ -169,84 +169,84 @@ def _(o):
     return o(expert_map=None, num_experts=count, ids=torch.where(o.ids >= 0, o.ids % count, o.ids))
 
 
-@suspect("expert_map taken for a mask: 1 for the experts that are here, 0 for the others")
+@fault("expert_map taken for a mask: 1 for the experts that are here, 0 for the others")
 def _(o):
     own = o.experts.expert_map
     return o(expert_map=(own >= 0).int()) if own is not None and o.problem.local_experts > 1 else None
 
 
-@suspect("expert_map applied twice")
+@fault("expert_map applied twice")
 def _(o):
     own = o.experts.expert_map
     return None if own is None else o(expert_map=torch.where(own >= 0, own[own.clamp(min=0).long()], -1))
 
 
-@suspect("experts of other ranks taken for local expert {e}", e=(0, "E-1"))
+@fault("experts of other ranks taken for local expert {e}", e=(0, "E-1"))
 def _(o, e):
     own, last = o.experts.expert_map, o.problem.local_experts - 1
     return None if own is None else o(expert_map=torch.where(own >= 0, own, 0 if e == 0 else last))
 
 
-@suspect("invalid ids taken for expert {e}", e=(0, "E-1"))
+@fault("invalid ids taken for expert {e}", e=(0, "E-1"))
 def _(o, e):
     return o(ids=torch.where(o.ids < 0, 0 if e == 0 else o.problem.num_experts - 1, o.ids))
 
 
-@suspect("a token with an invalid slot dropped altogether")
+@fault("a token with an invalid slot dropped altogether")
 def _(o):
     return o(ids=torch.where((o.ids < 0).any(1, keepdim=True), -1, o.ids))
 
 
-@suspect("slots behind an invalid one dropped")
+@fault("slots behind an invalid one dropped")
 def _(o):
     return o(ids=torch.where((o.ids < 0).cumsum(1) > 0, -1, o.ids))
 
 
-@suspect("slots that nobody serves added all the same")
+@fault("slots that nobody serves added all the same")
 def _(o):
     return _unwritten(o, lambda served: ~served.all(1))
 
 
-@suspect("tokens that nobody serves never written")
+@fault("tokens that nobody serves never written")
 def _(o):
     return _unwritten(o, lambda served: ~served.any(1))
 
 
-@suspect("int64 ids read as int32")
+@fault("int64 ids read as int32")
 def _(o):
-    if o.given.topk_ids.dtype != torch.int64:
+    if o.inputs.topk_ids.dtype != torch.int64:
         return None
     return o(ids=o.ids.view(torch.int32).flatten()[: o.ids.numel()].reshape(o.ids.shape).long())
 
 
-@suspect("the {which} expert's rows {fate}", fate=FATES, which=("first", "last"))
+@fault("the {which} expert's rows {fate}", fate=FATES, which=("first", "last"))
 def _(o, fate, which):
     return keep(o, o.s.expert != (0 if which == "first" else o.problem.local_experts - 1), FATES[fate])
 
 
-@suspect("the last row of every expert {fate}", fate=FATES)
+@fault("the last row of every expert {fate}", fate=FATES)
 def _(o, fate):
     rank, count = _ranks(o)
     return keep(o, rank != count - 1, FATES[fate])
 
 
-@suspect("the first row of every expert {fate}", fate=FATES)
+@fault("the first row of every expert {fate}", fate=FATES)
 def _(o, fate):
     return keep(o, _ranks(o)[0] != 0, FATES[fate])
 
 
-@suspect("all but the first row of every expert {fate}", fate=FATES)
+@fault("all but the first row of every expert {fate}", fate=FATES)
 def _(o, fate):
     return keep(o, _ranks(o)[0] == 0, FATES[fate])
 
 
-@suspect("rows behind the last full tile of {tile} of every expert {fate}", fate=FATES, tile=TILES)
+@fault("rows behind the last full tile of {tile} of every expert {fate}", fate=FATES, tile=TILES)
 def _(o, fate, tile):
     rank, count = _ranks(o)
     return keep(o, rank < count // tile * tile, FATES[fate]) if (count >= tile).any() else None
 
 
-@suspect("all but the first tile of {tile} rows of every expert {fate}", fate=FATES, tile=TILES)
+@fault("all but the first tile of {tile} rows of every expert {fate}", fate=FATES, tile=TILES)
 def _(o, fate, tile):
     return keep(o, _ranks(o)[0] < tile, FATES[fate])
 

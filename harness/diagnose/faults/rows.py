@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.diagnose.faults.registry import TILES, suspect
+from harness.diagnose.faults.registry import TILES, fault
 from harness.diagnose.faults.routing import keep
 from harness.oracle.stages import Answer, Oracle, weighted
 from reference.formats import FORMATS, decode, round_to, ulp
@@ -17,77 +17,77 @@ NAN = float("nan")
 
 
 # -- hidden_states and out --------------------------------------------------------------------------------------------
-@suspect("GEMM 2 skipped: only its bias comes out")
+@fault("GEMM 2 skipped: only its bias comes out")
 def _(o):
     return o(w2=torch.zeros_like(o.experts.w2)) if o.experts.w2_bias is not None else None
 
 
-@suspect("hidden_states returned")
+@fault("hidden_states returned")
 def _(o):
     return o.resume(out=o.x)
 
 
-@suspect("added to hidden_states")
+@fault("added to hidden_states")
 def _(o):
     return o.resume(out=o.s.out + o.x)
 
 
-@suspect("counted twice: the output doubled")
+@fault("counted twice: the output doubled")
 def _(o):
     return o.resume(out=2 * o.s.out)
 
 
-@suspect("hidden_states of the next token", step=(-1,))
-@suspect("hidden_states of the token before", step=(1,))
+@fault("hidden_states of the next token", step=(-1,))
+@fault("hidden_states of the token before", step=(1,))
 def _(o, step):
     return o(x=o.x.roll(step, 0))
 
 
-@suspect("hidden_states of the first token for every token")
+@fault("hidden_states of the first token for every token")
 def _(o):
     return o(x=o.x[:1].expand_as(o.x))
 
 
-@suspect("hidden_states of row p for pair p: the slots not counted")
+@fault("hidden_states of row p for pair p: the slots not counted")
 def _(o):
     pair = o.s.token * o.ids.shape[1] + o.s.slot
     return o.resume(x=o.s.x, row=pair % len(o.x)) if not o.experts.shared else None
 
 
-@suspect("row stride of hidden_states ignored")
+@fault("row stride of hidden_states ignored")
 def _(o):
-    x = o.given.hidden_states.cpu()
+    x = o.inputs.hidden_states.cpu()
     return o(x=decode(x.as_strided(x.shape, (x.shape[1], 1)))) if o.problem.padded and len(x) else None
 
 
-@suspect("output rows of the next token", step=(-1,))
-@suspect("output rows of the token before", step=(1,))
+@fault("output rows of the next token", step=(-1,))
+@fault("output rows of the token before", step=(1,))
 def _(o, step):
     return o.resume(out=o.s.out.roll(step, 0))
 
 
-@suspect("tokens behind the last full tile of {tile} never written", tile=(4, 8, *TILES))
+@fault("tokens behind the last full tile of {tile} never written", tile=(4, 8, *TILES))
 def _(o, tile):
     return _written(o, torch.arange(len(o.x))[:, None], tile)
 
 
-@suspect("columns behind the last full tile of {tile} never written", tile=(*TILES, 256))
+@fault("columns behind the last full tile of {tile} never written", tile=(*TILES, 256))
 def _(o, tile):
     return _written(o, torch.arange(o.x.shape[1]), tile)
 
 
-@suspect("shared experts missing")
+@fault("shared experts missing")
 def _(o):
     return keep(o, o.s.slot < o.ids.shape[1]) if o.experts.shared else None
 
 
-@suspect("shared experts counted twice")
+@fault("shared experts counted twice")
 def _(o):
     times = torch.where(o.s.slot < o.ids.shape[1], 1, 2)
     return o.resume(weight=times * o.s.weight, y=o.s.y) if o.experts.shared else None
 
 
-@suspect("shared experts weighted by the first slot's router weight")
+@fault("shared experts weighted by the first slot's router weight")
 def _(o):
     if not o.experts.shared:
         return None
@@ -95,28 +95,28 @@ def _(o):
 
 
 # -- rounding ---------------------------------------------------------------------------------------------------------
-@suspect("output rounded toward zero")
+@fault("output rounded toward zero")
 def _(o):
     step = ulp(o.s.out, o.problem.dtype)
     return o.resume(out=torch.where(torch.isfinite(o.s.out), torch.trunc(o.s.out / step) * step, o.s.out))
 
 
-@suspect("GEMM 1's output rounded to {form}", form=("bf16", "fp16"))
+@fault("GEMM 1's output rounded to {form}", form=("bf16", "fp16"))
 def _(o, form):
     return o.resume(h=round_to(o.s.h, form)) if _coarser(o, form) else None
 
 
-@suspect("the activation rounded to {form}", form=("bf16", "fp16"))
+@fault("the activation rounded to {form}", form=("bf16", "fp16"))
 def _(o, form):
     return o.resume(a=round_to(o.s.a, form)) if _coarser(o, form) else None
 
 
-@suspect("slots rounded to {form}", form=("bf16", "fp16"))
+@fault("slots rounded to {form}", form=("bf16", "fp16"))
 def _(o, form):
     return o.resume(slots=round_to(weighted(o.s, o.rounding), form)) if _coarser(o, form) else None
 
 
-@suspect("the sum over the slots rounded to {form} after each", form=("bf16", "fp16"))
+@fault("the sum over the slots rounded to {form} after each", form=("bf16", "fp16"))
 def _(o, form):
     slots, total = weighted(o.s, o.rounding), torch.zeros_like(o.x)
     for j in range(int(o.s.slot.max()) + 1 if len(o.s.slot) else 0):
@@ -125,7 +125,7 @@ def _(o, form):
     return o.resume(out=total)
 
 
-@suspect("the outputs of both GEMMs rounded to {form}", form=("bf16", "fp16"))
+@fault("the outputs of both GEMMs rounded to {form}", form=("bf16", "fp16"))
 def _(o, form):
     if not _coarser(o, form):
         return None
@@ -143,8 +143,8 @@ class _Narrow(Rounding):
         return round_to(value, self.form)
 
 
-@suspect("float32 products in bf16", form=("bf16",))
-@suspect("float32 products in tf32 or fp16", form=("tf32",))
+@fault("float32 products in bf16", form=("bf16",))
+@fault("float32 products in tf32 or fp16", form=("tf32",))
 def _(o, form):
     if o.problem.dtype != "fp32":
         return None

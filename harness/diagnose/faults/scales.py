@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.diagnose.faults.layer import BIASES, GEMMS
-from harness.diagnose.faults.registry import suspect
+from harness.diagnose.faults.registry import fault
 from harness.oracle.stages import Answer, Oracle
 from reference.formats import round_to
 from reference.quant import BLOCK, expand_scale, quantize_activation
@@ -21,7 +21,7 @@ SCALES = {"both weights' scales": ("w13_scale", "w2_scale"), "w13_scale": ("w13_
 def _weights(what: str, change: Callable[[Tensor], Tensor | None], only: str = "") -> None:
     """A suspect for the scale of each weight, and of both: changed, if the granularity is `only`."""
 
-    @suspect(f"{{which}} {what}", which=SCALES)
+    @fault(f"{{which}} {what}", which=SCALES)
     def _(o, which):
         if o.layer.w13_scale is None or only not in ("", o.problem.quant.weight):
             return None
@@ -77,17 +77,17 @@ def _doubled(scale: Tensor, dim: int) -> Tensor:
     return scale.index_select(dim, torch.arange(scale.shape[dim]) // 2 * 2)
 
 
-@suspect("w13_scale of the gate for up as well")
+@fault("w13_scale of the gate for up as well")
 def _(o):
     return _of_halves(o, lambda gate, up: (gate, gate))
 
 
-@suspect("w13_scale of up for the gate as well")
+@fault("w13_scale of up for the gate as well")
 def _(o):
     return _of_halves(o, lambda gate, up: (up, up))
 
 
-@suspect("w13_scale of gate and up swapped")
+@fault("w13_scale of gate and up swapped")
 def _(o):
     return _of_halves(o, lambda gate, up: (up, gate))
 
@@ -102,13 +102,13 @@ def _of_halves(o: Oracle, change: Callable[[Tensor, Tensor], tuple[Tensor, Tenso
     return o(layer=replace(o.layer, w13_scale=torch.cat(change(*scale.chunk(2, 1)), 1)))
 
 
-@suspect("w13_scale and w2_scale swapped")
+@fault("w13_scale and w2_scale swapped")
 def _(o):
     a, b = o.layer.w13_scale, o.layer.w2_scale
     return o(layer=replace(o.layer, w13_scale=b, w2_scale=a)) if a is not None and a.shape == b.shape else None
 
 
-@suspect("{which} added before the scales", which=BIASES)
+@fault("{which} added before the scales", which=BIASES)
 def _(o, which):
     """Where scales wait for the whole sum: the bias is multiplied by all of them."""
     if o.experts.w13_bias is None or o.layer.w13_scale is None:
@@ -135,56 +135,56 @@ def _scaled_bias(o: Oracle, name: str, expert: Tensor, rows: Tensor | None) -> T
 
 
 # -- of the activations -----------------------------------------------------------------------------------------------
-@suspect("activations not quantized")
+@fault("activations not quantized")
 def _(o):
     return _quantizing(o, False) if o.quantized else None
 
 
-@suspect("activations quantized though they should not be")
+@fault("activations quantized though they should not be")
 def _(o):
     if not o.experts.activation_quant or o.quantized:
         return None
     return _quantizing(o, True)
 
 
-@suspect("activations not quantized in {gemm}", gemm=("GEMM 1", "GEMM 2"))
+@fault("activations not quantized in {gemm}", gemm=("GEMM 1", "GEMM 2"))
 def _(o, gemm):
     return _operand(o, gemm, lambda rows, first: rows)
 
 
-@suspect("activation scale missing in {gemm}", gemm=GEMMS)
+@fault("activation scale missing in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes)
 
 
-@suspect("activation scale inverted in {gemm}", gemm=GEMMS)
+@fault("activation scale inverted in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes / scale)
 
 
-@suspect("activation scale applied twice in {gemm}", gemm=GEMMS)
+@fault("activation scale applied twice in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes * scale**2)
 
 
-@suspect("activation scale of row 0 for every row in {gemm}", gemm=GEMMS)
+@fault("activation scale of row 0 for every row in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes * scale[:1])
 
 
-@suspect("activation scale of the next row in {gemm}", gemm=GEMMS, step=(-1,))
-@suspect("activation scale of the row before in {gemm}", gemm=GEMMS, step=(1,))
+@fault("activation scale of the next row in {gemm}", gemm=GEMMS, step=(-1,))
+@fault("activation scale of the row before in {gemm}", gemm=GEMMS, step=(1,))
 def _(o, gemm, step):
     return _rescaled(o, gemm, lambda codes, scale: codes * scale.roll(step, 0))
 
 
-@suspect("activation scale of the first group for all groups in {gemm}", gemm=GEMMS)
+@fault("activation scale of the first group for all groups in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes * scale[:, :1])
 
 
-@suspect("activation scale of the next group in {gemm}", gemm=GEMMS, step=(-1,))
-@suspect("activation scale of the group before in {gemm}", gemm=GEMMS, step=(1,))
+@fault("activation scale of the next group in {gemm}", gemm=GEMMS, step=(-1,))
+@fault("activation scale of the group before in {gemm}", gemm=GEMMS, step=(1,))
 def _(o, gemm, step):
     def moved(codes: Tensor, scale: Tensor) -> Tensor:
         return codes * expand_scale(scale[:, ::BLOCK].roll(step, 1), "group", codes.shape)
@@ -192,7 +192,7 @@ def _(o, gemm, step):
     return _rescaled(o, gemm, moved) if o.experts.activation_quant == "group" else None
 
 
-@suspect("one scale for two groups of K, of activations and of weights, in {gemm}", gemm=GEMMS)
+@fault("one scale for two groups of K, of activations and of weights, in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     if o.experts.activation_quant != "group" or not o.quantized:
         return None
@@ -207,27 +207,27 @@ def _(o, gemm):
     return _rescaled(o.of(other), gemm, shared)
 
 
-@suspect("activation scale rounded up to a power of two in {gemm}", gemm=GEMMS)
+@fault("activation scale rounded up to a power of two in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _requantized(o, gemm, lambda rows, scale: _power_of_two(scale, up=True))
 
 
-@suspect("activation scale rounded up to a power of two, the codes not, in {gemm}", gemm=GEMMS)
+@fault("activation scale rounded up to a power of two, the codes not, in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes * _power_of_two(scale, up=True))
 
 
-@suspect("activation scale stored in bf16 in {gemm}", gemm=GEMMS)
+@fault("activation scale stored in bf16 in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes * round_to(scale, "bf16"))
 
 
-@suspect("activation codes cut off at 240 in {gemm}", gemm=GEMMS)
+@fault("activation codes cut off at 240 in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes.clamp(-240, 240) * scale)
 
 
-@suspect("the batch's activation scale from the rows that are served here only")
+@fault("the batch's activation scale from the rows that are served here only")
 def _(o):
     if o.experts.activation_quant != "tensor" or o.experts.a13_scale is not None or not len(o.s.row):
         return None
@@ -238,17 +238,17 @@ def _(o):
     return _requantized(o, "GEMM 1", of_these)
 
 
-@suspect("activation scale made for a largest code of 240 in {gemm}", gemm=GEMMS)
+@fault("activation scale made for a largest code of 240 in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _requantized(o, gemm, lambda rows, scale: scale * 448 / 240)
 
 
-@suspect("activations quantized per {other} in {gemm}", other=("tensor", "token", "group"), gemm=GEMMS)
+@fault("activations quantized per {other} in {gemm}", other=("tensor", "token", "group"), gemm=GEMMS)
 def _(o, other, gemm):
     return _requantized(o, gemm, lambda rows, scale: quantize_activation(rows, other)[1])
 
 
-@suspect("static activation scale of the other GEMM in {gemm}", gemm=GEMMS)
+@fault("static activation scale of the other GEMM in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     pair = (o.experts.a2_scale, o.experts.a13_scale)
     if None in pair:

@@ -16,7 +16,7 @@ from statistics import median
 
 from harness.perf.bisect import search
 from harness.perf.bisect.history import ABORT, BAD, GOOD, SKIP, History
-from harness.perf.bisect.measure import Gauge, Lost, Unmeasurable
+from harness.perf.bisect.measure import Measurements, ReferenceLost, Unmeasurable
 from harness.perf.count.differences import differences
 from harness.perf.metrics import METRICS, STRUCTURE, Metric
 
@@ -64,7 +64,7 @@ def worse(metric: Metric, value: float, than: float) -> bool:
     return value > than if metric.higher_is_worse else value < than
 
 
-def choose_metric(gauge: Gauge, good: str, bad: str, say: Say) -> Metric:
+def choose_metric(gauge: Measurements, good: str, bad: str, say: Say) -> Metric:
     """The first structural metric that is worse at the bad end; correctness if that is what it lost; else a time."""
     device_us = METRICS["device_us"]
     try:
@@ -88,7 +88,7 @@ def choose_metric(gauge: Gauge, good: str, bad: str, say: Say) -> Metric:
 
 
 def bisect(
-    gauge: Gauge, history: History, *, confidence: float = search.CONFIDENCE, budget: int | None = None,
+    gauge: Measurements, history: History, *, confidence: float = search.CONFIDENCE, budget: int | None = None,
     say: Say = lambda line: None,
 ) -> Outcome:  # fmt: skip
     """Refused if the ends do not differ, for the worse. budget: measurements in all (of a time: sittings), those from
@@ -103,7 +103,7 @@ def bisect(
 
 
 # -- exact ------------------------------------------------------------------------------------------------------------
-def _exact(gauge: Gauge, history: History, budget: int | None, say: Say) -> Outcome:
+def _exact(gauge: Measurements, history: History, budget: int | None, say: Say) -> Outcome:
     metric = gauge.question.metric
     values: dict[str, int] = {}
     skipped: dict[str, str] = {}
@@ -146,7 +146,7 @@ def _exact(gauge: Gauge, history: History, budget: int | None, say: Say) -> Outc
 
 
 # -- timed ------------------------------------------------------------------------------------------------------------
-def _timed(gauge: Gauge, history: History, confidence: float, budget: int | None, say: Say) -> Outcome:
+def _timed(gauge: Measurements, history: History, confidence: float, budget: int | None, say: Say) -> Outcome:
     chain = history.chain()
     metric, skipped = gauge.question.metric, {}  # type: Metric, dict[str, str]
 
@@ -173,7 +173,7 @@ def _timed(gauge: Gauge, history: History, confidence: float, budget: int | None
             len(chain), measure, confidence=confidence, budget=SITTINGS if budget is None else budget,
             least=LEAST, told=told,
         )  # fmt: skip
-    except Lost as reason:
+    except ReferenceLost as reason:
         raise Refused(f"the good end {history.good[:10]} cannot be timed: {reason}") from reason
     old = median(gauge.times())
     if answer is None:
@@ -193,7 +193,7 @@ def _timed(gauge: Gauge, history: History, confidence: float, budget: int | None
 
 
 # -- what else changed ------------------------------------------------------------------------------------------------
-def _trace(gauge: Gauge, history: History, outcome: Outcome) -> list[str]:
+def _trace(gauge: Measurements, history: History, outcome: Outcome) -> list[str]:
     """What one call does differently since the culprit, or why that cannot be said."""
     parent, last = history.commit(outcome.commits[0]).parents[0], outcome.commits[-1]
     if outcome.metric.source == "verdict":

@@ -23,12 +23,12 @@ class Unmeasurable(Exception):
     """A commit that has no value, with the reason in one line."""
 
 
-class Lost(Exception):
+class ReferenceLost(Exception):
     """The good end, against which everything is timed, cannot be timed."""
 
 
 @dataclass(frozen=True)
-class Question:
+class MetricRequest:
     """What is asked of every commit."""
 
     case: str
@@ -43,7 +43,7 @@ class Question:
 
 
 @dataclass
-class Bench:
+class WorkerPool:
     """Workers, of which the `keep` used last stay alive. The reference has one of its own, also where it is compared
     with itself: what two processes of one commit differ by is noise that must be seen."""
 
@@ -81,10 +81,10 @@ class Bench:
             worker.close()
 
 
-class Gauge:
+class Measurements:
     """Answers one Question about any commit; `fresh` counts the measurements that are not from the log."""
 
-    def __init__(self, question: Question, bench: Bench, log: Log, reference: str) -> None:
+    def __init__(self, question: MetricRequest, bench: WorkerPool, log: Log, reference: str) -> None:
         self.question, self.bench, self.log, self.reference = question, bench, log, reference
         self.fresh = 0
         self._told: dict[str, int] = {}  #: sittings of the log that were given out, by commit
@@ -144,7 +144,7 @@ class Gauge:
         while len(sittings) < count:
             sittings.append(self._sitting(commit, done + len(sittings)))
         self._told[commit] = done + count
-        return [sitting["ratio"] for sitting in sittings]
+        return [paired_run["ratio"] for paired_run in sittings]
 
     def times(self) -> list[float]:
         """The reference's median time in every sitting so far."""
@@ -163,7 +163,7 @@ class Gauge:
                     taken[role].append(self._time(who[role], role))
         except Unmeasurable as reason:
             if commit == self.reference:
-                raise Lost(str(reason)) from reason
+                raise ReferenceLost(str(reason)) from reason
             self.log.append({"commit": commit, "kind": "untimed", "unmeasurable": str(reason)})
             raise
         finally:
@@ -172,9 +172,9 @@ class Gauge:
         self.fresh += 1
         ratio = median(math.log(t / r) for t, r in zip(taken["time"], taken["reference"], strict=True))
         times = {role: median(found) for role, found in taken.items()}
-        sitting = {"commit": commit, "kind": "sitting", "ratio": ratio, **times}
-        self.log.append(sitting)
-        return sitting
+        paired_run = {"commit": commit, "kind": "sitting", "ratio": ratio, **times}
+        self.log.append(paired_run)
+        return paired_run
 
     def _start(self, commit: str, role: str) -> None:
         try:
@@ -191,4 +191,4 @@ class Gauge:
 
     def _of(self, role: str, reason: Unmeasurable) -> Exception:
         """What is wrong with the reference ends the search; with another commit, it is skipped."""
-        return Lost(str(reason)) if role == "reference" else reason
+        return ReferenceLost(str(reason)) if role == "reference" else reason

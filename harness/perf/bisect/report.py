@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.perf.bisect.bisect import Outcome, Refused
 from harness.perf.bisect.history import Commit, History
-from harness.perf.bisect.measure import Question
+from harness.perf.bisect.measure import MetricRequest
 from harness.perf.bisect.search import CREDIBLE
 
 
@@ -16,7 +16,7 @@ from harness.perf.bisect.search import CREDIBLE
 class Command:
     """The command line, as far as the next ones share it."""
 
-    question: Question
+    question: MetricRequest
     repo: Path | None
     build: str | None
 

@@ -37,7 +37,7 @@ class Question:
 
 
 @dataclass
-class Row:
+class Comparison:
     """One metric of one question, answered. The metric "correct" has statuses for values, others numbers or None."""
 
     case: str
@@ -103,11 +103,11 @@ def started(*sides: Side) -> Iterator[None]:
 
 def compare(
     base: Side, head: Side, questions: Sequence[Question], budget: float, threshold: float, tell: Callable[[str], None]
-) -> list[Row]:
+) -> list[Comparison]:
     """The answers, in the order of the questions. budget: seconds from now, after which no look is begun but the first;
     threshold: the relative change of time that counts, 0.01 for 1 %. tell: is told of progress, a line each."""
     begun = time.monotonic()
-    rows: list[Row] = []
+    rows: list[Comparison] = []
     trials: list[Trial] = []
     with started(base, head):
         for number, question in enumerate(questions, 1):
@@ -126,7 +126,7 @@ def compare(
 
 
 # -- exact ------------------------------------------------------------------------------------------------------------
-def exact(base: Side, head: Side, question: Question) -> list[Row]:
+def exact(base: Side, head: Side, question: Question) -> list[Comparison]:
     """The row of "correct", always, and those of the question's exact metrics if both sides are."""
     correct = _correctness(question, *(_status(side, question) for side in (base, head)))
     names = [name for name in question.metrics if METRICS[name].source in ("structure", "compiled")]
@@ -151,8 +151,8 @@ def _status(side: Side, question: Question) -> tuple[str, str]:
     return record["status"], record["reason"]
 
 
-def _correctness(question: Question, base: tuple[str, str], head: tuple[str, str]) -> Row:
-    row = Row(question.case, question.backend, "correct", SAME, base[0], head[0])
+def _correctness(question: Question, base: tuple[str, str], head: tuple[str, str]) -> Comparison:
+    row = Comparison(question.case, question.backend, "correct", SAME, base[0], head[0])
     row.remarks = [f"{s} at {at}: {first_line(w)}" for (s, w), at in ((base, "BASE"), (head, "HEAD")) if s not in GOOD]
     good = base[0] in GOOD, head[0] in GOOD
     if good == (True, False):
@@ -168,13 +168,13 @@ def _correctness(question: Question, base: tuple[str, str], head: tuple[str, str
 
 def _counted(
     question: Question, names: Iterable[str], base: dict[str, Any] | WorkerError, head: dict[str, Any] | WorkerError
-) -> list[Row]:
+) -> list[Comparison]:
     """Numbers that are exact: any that is worse is a regression, whatever its size."""
     from harness.perf.count.differences import differences
 
     rows = []
     for name in names:
-        row = Row(question.case, question.backend, name, NOT_COMPARED)
+        row = Comparison(question.case, question.backend, name, NOT_COMPARED)
         row.base, row.head = (None if isinstance(r, WorkerError) else r["metrics"].get(name) for r in (base, head))
         if row.base is not None and row.head is not None:
             row.verdict = _exact_verdict(name, row.base, row.head)
@@ -262,9 +262,9 @@ class Trial:
             self.remarks.append(f"{error.kind} at {at}: {first_line(error.message)}")
             return []
 
-    def row(self) -> Row:
+    def row(self) -> Comparison:
         """What came of it."""
-        row = Row(self.question.case, self.question.backend, self.metric, self.answer, remarks=self.remarks)
+        row = Comparison(self.question.case, self.question.backend, self.metric, self.answer, remarks=self.remarks)
         if self.levels:
             row.base = median(self.samples["base"] + self.samples["again"])
             row.head = median(self.samples["head"])
@@ -310,7 +310,7 @@ def judge(trials: Iterable[Trial], look: int, threshold: float) -> None:
 
 
 # -- about the whole --------------------------------------------------------------------------------------------------
-def exit_code(rows: Iterable[Row]) -> int:
+def exit_code(rows: Iterable[Comparison]) -> int:
     """0: all the same or improved. 1: something regressed. 3: neither, as something, or everything, stayed open."""
     rows = list(rows)
     verdicts = [row.verdict for row in rows]

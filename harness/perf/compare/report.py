@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from harness.perf.compare.compare import Row
+from harness.perf.compare.compare import Comparison
 from harness.perf.metrics import METRICS
 
 # -- in words ---------------------------------------------------------------------------------------------------------
@@ -15,7 +15,7 @@ HEADING = ("", "BASE", "HEAD", "change", "", "floor", "finds", "samples", "time"
 WIDTHS = (18, 12, 12, 29, 13, 8, 8, 9, 8)
 
 
-def table(rows: Iterable[Row]) -> list[str]:
+def table(rows: Iterable[Comparison]) -> list[str]:
     """For people, 120 columns: a line for each case and backend, and for each metric but what is exactly the same."""
     lines = [_line(HEADING)]
     for (case, backend), told, same in _told(rows):
@@ -27,7 +27,7 @@ def table(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def markdown(rows: Iterable[Row]) -> list[str]:
+def markdown(rows: Iterable[Comparison]) -> list[str]:
     """The same as a table of Markdown."""
     heading = ("case", "backend", "metric", "BASE", "HEAD", "change", "verdict", *HEADING[5:], "remarks")
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
@@ -41,9 +41,9 @@ def markdown(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def _told(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row], str]]:
+def _told(rows: Iterable[Comparison]) -> list[tuple[tuple[str, str], list[Comparison], str]]:
     """By case and backend: the rows to be told one by one, and the exact metrics that are the same in a few words."""
-    found: dict[tuple[str, str], tuple[list[Row], list[Row]]] = {}
+    found: dict[tuple[str, str], tuple[list[Comparison], list[Comparison]]] = {}
     for row in rows:
         told, same = found.setdefault((row.case, row.backend), ([], []))
         (same if row.verdict == "same" and METRICS[row.metric].exact else told).append(row)
@@ -56,7 +56,7 @@ def _told(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row], str]]:
     return words
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Comparison) -> list[str]:
     e = row.estimate
     cells = [row.metric, _value(row.base, row.metric), _value(row.head, row.metric), "", row.verdict, "", "", "", ""]
     if e and row.detectable is not None:
@@ -81,7 +81,7 @@ def _line(cells: Iterable[str]) -> str:
     return (f"  {first:{WIDTHS[0]}}" + "".join(f"{c:>{w}}" for c, w in zip(others, WIDTHS[1:]))).rstrip()
 
 
-def summed_up(rows: list[Row], seconds: float) -> list[str]:
+def summed_up(rows: list[Comparison], seconds: float) -> list[str]:
     """The totals, and what the timed part could have found."""
     counts = Counter(row.verdict for row in rows)
     told = ", ".join(

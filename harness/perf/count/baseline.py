@@ -24,7 +24,7 @@ from harness.device import Device
 from harness.perf.count.baseline_file import Baseline, Block, render
 from harness.perf.count.compiled import compile_launches, configuration, kernel_name, read_configuration
 from harness.perf.count.differences import differences
-from harness.perf.count.structure import NotCorrect, NotMeasured, Structure, measure
+from harness.perf.count.structure import CallCounts, NotCorrect, NotMeasured, measure
 from harness.perf.metrics import TARGETS
 from harness.problem.case import Case
 
@@ -84,7 +84,7 @@ def compare(
     here = versions(packages)
     found = Comparison(Baseline(here))
     differing = {p for p in packages if old.versions.get(p, "") != here[p]}
-    structures: dict[str, Structure] = {}
+    structures: dict[str, CallCounts] = {}
     reasons: dict[str, list[Block]] = {}
     for block in old.blocks:
         progress(block.key)
@@ -116,7 +116,7 @@ def _cases(blocks: list[Block]) -> str:
     return f"{len(blocks)} cases of {', '.join(dict.fromkeys(block.backend for block in blocks))}"
 
 
-def _measure(block: Block, device: Device, found: Comparison, structures: dict[str, Structure]) -> str:
+def _measure(block: Block, device: Device, found: Comparison, structures: dict[str, CallCounts]) -> str:
     """Why it is not measured, or ""."""
     fresh = replace(block, record=None)
     found.fresh.blocks.append(fresh)
@@ -132,7 +132,7 @@ def _measure(block: Block, device: Device, found: Comparison, structures: dict[s
     return ""
 
 
-def recorded(structure: Structure) -> dict[str, Any]:
+def recorded(structure: CallCounts) -> dict[str, Any]:
     """What the file holds of a structure."""
     whole = structure.record()
     return {key: whole[key] for key in RECORDED} | {
@@ -140,7 +140,7 @@ def recorded(structure: Structure) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _compare_block(block: Block, structure: Structure, differing: set[str], found: Comparison) -> None:
+def _compare_block(block: Block, structure: CallCounts, differing: set[str], found: Comparison) -> None:
     if block.record is None:
         found.changes[block.key] = ["it is not in the baseline yet"]
         return
@@ -164,7 +164,11 @@ def _as_launches(configurations: list[str], launches: list[dict[str, Any]]) -> l
 
 
 def _compile(
-    old: Baseline, structures: dict[str, Structure], comparing: bool, found: Comparison, progress: Callable[[str], None]
+    old: Baseline,
+    structures: dict[str, CallCounts],
+    comparing: bool,
+    found: Comparison,
+    progress: Callable[[str], None],
 ) -> None:
     launches = [spec for structure in structures.values() for spec in structure.launches]
     progress(f"compiling {len({configuration(spec) for spec in launches})} kernels for {', '.join(TARGETS)}")

@@ -28,7 +28,9 @@ from harness.trace import host_calls
 from harness.trace.tracing import Allocation, Tracing
 from harness.trace.transfers import transfers
 
-__all__ = ["NotCorrect", "NotMeasured", "Structure", "compile_for", "differences", "in_words", "measure", "steady_call"]
+__all__ = [
+    "CallCounts", "NotCorrect", "NotMeasured", "compile_for", "differences", "in_words", "measure", "steady_call",
+]  # fmt: skip
 
 
 class NotCorrect(Exception):
@@ -44,7 +46,7 @@ class NotMeasured(Exception):
 
 
 @dataclass
-class Structure:
+class CallCounts:
     """The numbers of one case on one backend.
 
     metrics: by name, those of metrics.STRUCTURE, and once compiled those of metrics.COMPILED (compiled.totals).
@@ -68,12 +70,12 @@ class Structure:
         return asdict(self)
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> Structure:
+    def of(cls, record: dict[str, Any]) -> CallCounts:
         """What `record` was made from."""
         return cls(**record)
 
 
-def measure(case: Case, backend: Any, device: Device, verdict: Verdict | None = None) -> Structure:
+def measure(case: Case, backend: Any, device: Device, verdict: Verdict | None = None) -> CallCounts:
     """One steady-state call, counted, of a case that is judged right first.
 
     NotCorrect if it is not; NotMeasured if it cannot run here, or no two calls are alike. verdict: what this process
@@ -89,7 +91,7 @@ def measure(case: Case, backend: Any, device: Device, verdict: Verdict | None = 
         call()
     device.synchronize()
     host = _steady_host(call)
-    structure = Structure(
+    structure = CallCounts(
         kernels=[str(launch) for launch in trace.launched],
         operators=_counted(trace.ops),
         functions=_counted(host.functions),
@@ -113,7 +115,7 @@ def measure(case: Case, backend: Any, device: Device, verdict: Verdict | None = 
     return structure
 
 
-def compile_for(structure: Structure, targets: Iterable[str], path: list[str] | None = None) -> Structure:
+def compile_for(structure: CallCounts, targets: Iterable[str], path: list[str] | None = None) -> CallCounts:
     """The structure with its kernels compiled for these targets; `path` as for compile_launches."""
     compiled = compile_launches(structure.launches, targets, path)
     return replace(structure, compiled=compiled, metrics=structure.metrics | totals(compiled))
@@ -125,18 +127,18 @@ def steady_call(case: Case, backend: Any, device: Device) -> Callable[[], Any]:
     Of a scenario only the way to prepare counts: scratch.* ones prepare with a scratch object.
     """
     session = Session(case, backend, device)
-    given: Inputs = session.draw()
-    problem = given.case.problem
+    inputs: Inputs = session.draw()
+    problem = inputs.case.problem
     options = {}
     if case.scenario.startswith("scratch."):
         options["scratch"] = backend.make_scratch(problem, device.torch)
-    prepared = session.prepare(problem, given.handed, **options)
-    x = given.hidden_states
+    prepared = session.prepare(problem, inputs.backend_layer, **options)
+    x = inputs.hidden_states
     keywords = {}
     if takes_out(prepared):
         keywords["out"] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # A partial object is no Python function: it does not count.
-    call = partial(prepared, x, given.topk_weights, given.topk_ids, **keywords)
+    call = partial(prepared, x, inputs.topk_weights, inputs.topk_ids, **keywords)
     call()
     device.synchronize()
     return call

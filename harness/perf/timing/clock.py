@@ -47,22 +47,22 @@ class Rotation:
     topk_ids: Tensor
 
 
-def rotations(given: Inputs, count: int = ROTATED) -> list[Rotation]:
+def rotations(inputs: Inputs, count: int = ROTATED) -> list[Rotation]:
     """`count` sets of arguments for one layer: rows rolled, and expert ids shifted where every expert is alike.
 
     Under an expert_map, or a routing made for certain experts, shifted ids would be another question: they stay.
     """
-    problem = given.case.problem
+    problem = inputs.case.problem
     alike = problem.ep is None and problem.routing in ("uniform", "balanced", "skewed")
     found = []
     for turn in range(count):
-        ids, shift = given.topk_ids, turn * problem.num_experts // count
+        ids, shift = inputs.topk_ids, turn * problem.num_experts // count
         if alike:
             ids = (ids + shift) % problem.num_experts
-        x = given.hidden_states
+        x = inputs.hidden_states
         if turn:  # a padded batch keeps its strides
             x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x.roll(turn, 0))
-        found.append(Rotation(x, given.topk_weights, ids))
+        found.append(Rotation(x, inputs.topk_weights, ids))
     return found
 
 
@@ -193,9 +193,9 @@ class Stopwatch(Clock):
         if not case.problem.tokens:
             raise NotTimed("shape: no tokens, nothing to time")
         session = Session(case, backend, device)
-        given = session.draw()
-        self.sets = rotations(given)
-        self.expert_map = given.layer.expert_map
-        call = session.prepare(given.case.problem, given.handed)
+        inputs = session.draw()
+        self.sets = rotations(inputs)
+        self.expert_map = inputs.layer.expert_map
+        call = session.prepare(inputs.case.problem, inputs.backend_layer)
         calls = [partial(call, s.hidden_states, s.topk_weights, s.topk_ids) for s in self.sets]
         super().__init__(calls, device, getattr(backend, "deterministic", True) is True)

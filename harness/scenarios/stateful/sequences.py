@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from harness.backend import BackendError, Unsupported
-from harness.base.minimal import missing, pick, simplest
+from harness.base.minimal import find_minimal, missing, pick
 from harness.device import DeviceLost
 from harness.diagnose.failure import Failed
 from harness.inputs.draw import Inputs
 from harness.problem.case import ROUTINGS, DescriptorError
 from harness.scenarios import bad_input
 from harness.scenarios.registry import SCENARIOS, scenario
-from harness.scenarios.stateful.state import PARTS, SAME_SHAPES, World
+from harness.scenarios.stateful.state import PARTS, SAME_SHAPES, State
 from harness.scenarios.stateful.steps import Activate, Call, Configure, Fault, NaN, Part, Poison, Prepare, Swap
 from harness.session.session import Session
 
@@ -48,7 +48,7 @@ KINDS = (Call, Call, Call, Swap, Swap, Part, Configure, Activate, Prepare, NaN, 
 def options(s: Session) -> dict[str, list[Any]]:
     """What the fields of a step may be for this backend and case."""
     case, problem = s.case, s.case.problem
-    given = s.draw()
+    inputs = s.draw()
     follows = getattr(s.backend, "follows", {"in_place", "rebinding", "config"})
 
     def possible(**changes: Any) -> bool:
@@ -74,25 +74,27 @@ def options(s: Session) -> dict[str, list[Any]]:
         "twice": [False, False, True],
         "swap": [name for name, kind in SWAPS.items() if kind in follows],
         "seed": [case.seed + n for n in (1, 2, 0)],
-        "part": [name for name in PARTS if getattr(given.handed, name) is not None],
+        "part": [name for name in PARTS if getattr(inputs.backend_layer, name) is not None],
         "by": [name for name, kind in BY.items() if kind in follows],
         "setting": [(k, v) for k, v in settings.items() if "config" in follows and possible(**{k: v})],
         "activation": [a for a in SAME_SHAPES if "config" in follows and possible(activation=a)],
         "layout": ["same", "other"] if possible(layout=settings["layout"]) else ["same"],
         "room": [None, *scratch],
         "scratch": scratch,
-        "fault": list(_faults(given)) if "errors" in getattr(s.backend, "promises", ()) else [],
+        "fault": list(_faults(inputs)) if "errors" in getattr(s.backend, "promises", ()) else [],
     }
 
 
-def _faults(given: Inputs) -> Iterator[str]:
+def _faults(inputs: Inputs) -> Iterator[str]:
     """The faults that are any for these inputs."""
-    problem = given.case.problem
+    problem = inputs.case.problem
     harmless = {"ids_tokens"} if problem.tokens == 0 else set()
     harmless |= {"weight_on_input_top_k"} if problem.top_k == 1 else set()
     for name in (name.removeprefix("error.") for name in SCENARIOS if name.startswith("error.")):
-        x = given.hidden_states
-        bad = bad_input.Call(x, given.topk_weights, given.topk_ids, torch.empty_like(x), replace(given.handed))
+        x = inputs.hidden_states
+        bad = bad_input.Call(
+            x, inputs.topk_weights, inputs.topk_ids, torch.empty_like(x), replace(inputs.backend_layer)
+        )
         try:
             getattr(bad_input, name)(bad)
         except Unsupported:
@@ -122,14 +124,14 @@ def calls(s: Session) -> None:
     quick = _unexplained(s)
 
     def ask(sequence: tuple[Any, ...]) -> Failed | Crashed | None:
-        return _failure(World(quick), sequence)
+        return _failure(State(quick), sequence)
 
-    found = simplest(steps(s), ask, seed=s.case.seed, examples=EXAMPLES, shrinks=SHRINKS)
+    found = find_minimal(steps(s), ask, seed=s.case.seed, examples=EXAMPLES, shrinks=SHRINKS)
     if found is not None:
-        raise _failure(World(s), found[0]) or _once_only(found[1])
+        raise _failure(State(s), found[0]) or _once_only(found[1])
 
 
-def _failure(world: World, sequence: tuple[Any, ...]) -> Failed | Crashed | None:
+def _failure(world: State, sequence: tuple[Any, ...]) -> Failed | Crashed | None:
     """What the first step that goes wrong tells, and the steps up to it."""
     done: list[str] = []
     try:
@@ -149,7 +151,7 @@ def _failure(world: World, sequence: tuple[Any, ...]) -> Failed | Crashed | None
     return None
 
 
-def _and_last_calls(world: World, sequence: tuple[Any, ...]) -> Iterator[Any]:
+def _and_last_calls(world: State, sequence: tuple[Any, ...]) -> Iterator[Any]:
     """The steps, and then a call of every layer that they touched."""
     yield from sequence
     problem = world.s.case.problem
@@ -166,10 +168,10 @@ def _unexplained(s: Session) -> Session:
     """The same session, in which a failure is not explained: while a sequence is shrunk nobody reads it."""
     quick = copy.copy(s)
 
-    def accept(out: Tensor, given: Inputs, what: str = "", call: Any = None) -> None:
-        if not s.judged(out, given).passed:
+    def accept(out: Tensor, inputs: Inputs, what: str = "", call: Any = None) -> None:
+        if not s.judged(out, inputs).passed:
             raise Failed("wrong", "wrong")
-        s.accept(out, given, what, call)
+        s.accept(out, inputs, what, call)
 
     quick.accept = accept  # type: ignore[method-assign]
     return quick

@@ -18,12 +18,12 @@ SAME_SHAPES = ("silu", "gelu", "gelu_tanh")  #: activations for which one layer'
 
 
 @dataclass
-class Held:
+class PreparedLayer:
     """A prepared layer, and what is known of it."""
 
     config: dict[str, Any]  #: changes of the case: its own seed, layout, dtype, ...
     base: Layer  #: the layer as drawn, in layout "nk"
-    handed: Layer  #: what the backend has
+    backend_layer: Layer  #: what the backend has
     problem: Problem
     call: Callable[..., Tensor]
     room: int | None = None  #: the most tokens that its scratch object takes
@@ -69,23 +69,23 @@ def stays_exact(part: str, problem: Problem) -> bool:
 
 
 @dataclass
-class World:
+class State:
     """The layers of one process while a sequence goes on. The second one is prepared where a step first asks for it."""
 
     s: Session
-    layers: dict[int, Held] = field(default_factory=dict)
+    layers: dict[int, PreparedLayer] = field(default_factory=dict)
     scratches: dict[tuple, Any] = field(default_factory=dict)
     allowed: dict[Problem, bool] = field(default_factory=dict)
 
-    def held(self, layer: int) -> Held:
+    def held(self, layer: int) -> PreparedLayer:
         if layer not in self.layers:
             config: dict[str, Any] = {"seed": self.s.case.seed + 10 * layer}
             if self.allows(replace(self.s.case.problem, routing="invalid")):
                 config["routing"] = "invalid"  # a backend may look at the prepared problem for what it is to expect
             drawn = self.s.draw(**config)
             problem = drawn.case.problem
-            call = self.s.prepare(problem, drawn.handed)
-            self.layers[layer] = Held(config, drawn.layer, drawn.handed, problem, call)
+            call = self.s.prepare(problem, drawn.backend_layer)
+            self.layers[layer] = PreparedLayer(config, drawn.layer, drawn.backend_layer, problem, call)
         return self.layers[layer]
 
     def allows(self, problem: Problem) -> bool:
@@ -93,7 +93,7 @@ class World:
             self.allowed[problem] = self.s.why_not(problem) is None
         return self.allowed[problem]
 
-    def batch(self, held: Held, **changes: Any) -> Inputs | None:
+    def batch(self, held: PreparedLayer, **changes: Any) -> Inputs | None:
         """A batch for a layer as it is now; None if the backend excludes it."""
         if held.room is not None:
             changes["tokens"] = min(changes.get("tokens", self.s.case.problem.tokens), held.room)
@@ -101,7 +101,7 @@ class World:
         if not self.allows(drawn.case.problem):
             return None
         truth = replace(held.truth, problem=drawn.case.problem)
-        return replace(drawn, layer=truth, handed=held.handed, variant=held.variant)
+        return replace(drawn, layer=truth, backend_layer=held.backend_layer, variant=held.variant)
 
     def scratch(self, problem: Problem, room: int) -> Any:
         """One for all layers whom it fits, as an engine keeps it."""
@@ -110,6 +110,6 @@ class World:
             self.scratches[fits] = self.s.backend.make_scratch(replace(problem, tokens=room), self.s.device.torch)
         return self.scratches[fits]
 
-    def prepare(self, held: Held) -> None:
+    def prepare(self, held: PreparedLayer) -> None:
         options = {} if held.room is None else {"scratch": self.scratch(held.problem, held.room)}
-        held.call = self.s.prepare(held.problem, held.handed, **options)
+        held.call = self.s.prepare(held.problem, held.backend_layer, **options)

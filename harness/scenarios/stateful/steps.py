@@ -18,7 +18,7 @@ from harness.problem.case import Problem
 from harness.scenarios import weight_swap
 from harness.scenarios.registry import SCENARIOS
 from harness.scenarios.scratch import buffers
-from harness.scenarios.stateful.state import SAME_SHAPES, World, stays_exact
+from harness.scenarios.stateful.state import SAME_SHAPES, State, stays_exact
 from harness.session.session import Session
 from harness.trace import fence
 from harness.trace.bits import raw
@@ -40,15 +40,15 @@ class Call:
         told = f"layer {self.layer}: call with {self.tokens} tokens, {self.routing} routing, int{self.ids} ids"
         return f"{told}{''.join(more)}{', twice' if self.twice else ''}"
 
-    def take(self, world: World) -> None:
+    def take(self, world: State) -> None:
         held, s = world.held(self.layer), world.s
-        given = world.batch(held, tokens=self.tokens, routing=self.routing, ids=self.ids, padded=self.padded)
-        if given is None:
+        inputs = world.batch(held, tokens=self.tokens, routing=self.routing, ids=self.ids, padded=self.padded)
+        if inputs is None:
             return
         call = held.call if self.out else lambda *arguments: held.call(*arguments)
-        first = s.check(call, given).clone()
+        first = s.check(call, inputs).clone()
         if self.twice:
-            again = s.check(call, given, "again")
+            again = s.check(call, inputs, "again")
             same = torch.equal(raw(first), raw(again)) or getattr(s.backend, "deterministic", True) is not True
             s.require(same, "the same call again gave other bits")
 
@@ -62,11 +62,11 @@ class Swap:
     def __str__(self) -> str:
         return f"layer {self.layer}: all weights become those of seed {self.seed}, by {self.swap}"
 
-    def take(self, world: World) -> None:
+    def take(self, world: State) -> None:
         held = world.held(self.layer)
         held.config["seed"] = self.seed
         other = world.s.draw(**held.config)
-        getattr(weight_swap, self.swap)(held.handed, other.handed)
+        getattr(weight_swap, self.swap)(held.backend_layer, other.backend_layer)
         held.base, held.changed = other.layer, frozenset()
 
 
@@ -79,16 +79,16 @@ class Part:
     def __str__(self) -> str:
         return f"layer {self.layer}: {self.part} alone changes, or back, by {self.by}"
 
-    def take(self, world: World) -> None:
+    def take(self, world: State) -> None:
         held = world.held(self.layer)
         if world.s.case.fill == "exact" and not stays_exact(self.part, held.problem):
             return
         held.changed ^= {self.part}
         new = getattr(in_layout(held.truth, held.problem.layout), self.part)
         if self.by == "copy_":
-            getattr(held.handed, self.part).copy_(new)
+            getattr(held.backend_layer, self.part).copy_(new)
         else:
-            setattr(held.handed, self.part, fence.keep(new))
+            setattr(held.backend_layer, self.part, fence.keep(new))
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Configure:
     def __str__(self) -> str:
         return f"layer {self.layer}: reconfigured, {self.setting[0]}={self.setting[1]}, or back"
 
-    def take(self, world: World) -> None:
+    def take(self, world: State) -> None:
         held, (name, value) = world.held(self.layer), self.setting
         asked = {**held.config, name: value}
         if held.config.get(name) == value:
@@ -110,7 +110,7 @@ class Configure:
             return
         other = world.s.draw(**asked)
         for each in fields(Layer):
-            setattr(held.handed, each.name, getattr(other.handed, each.name))
+            setattr(held.backend_layer, each.name, getattr(other.backend_layer, each.name))
         held.config, held.base, held.problem, held.changed = asked, other.layer, other.case.problem, frozenset()
         if held.room is not None:
             world.prepare(held)  # a scratch object is for one configuration
@@ -126,12 +126,12 @@ class Activate:
     def __str__(self) -> str:
         return f"layer {self.layer}: the activation becomes {self.activation}, the weights stay"
 
-    def take(self, world: World) -> None:
+    def take(self, world: State) -> None:
         held = world.held(self.layer)
         problem = replace(held.problem, activation=self.activation)
         if held.problem.activation in SAME_SHAPES and world.allows(problem):
             held.config["activation"] = self.activation
-            held.problem = held.handed.problem = problem
+            held.problem = held.backend_layer.problem = problem
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Prepare:
         scratch = "" if self.room is None else f", with the scratch object for {self.room} tokens"
         return f"layer {self.layer}: prepared again{layout}{scratch}"
 
-    def take(self, world: World) -> None:
+    def take(self, world: State) -> None:
         held = world.held(self.layer)
         if self.layout == "other":
             layout = "kn" if held.problem.layout == "nk" else "nk"
@@ -154,7 +154,7 @@ class Prepare:
                 return
             held.config["layout"], held.problem = layout, problem
             converted = in_layout(held.truth, layout)
-            held.handed = Layer(problem, **{name: fence.keep(t) for name, t in converted.tensors().items()})
+            held.backend_layer = Layer(problem, **{name: fence.keep(t) for name, t in converted.tensors().items()})
         held.room = self.room
         world.prepare(held)
 
@@ -166,10 +166,10 @@ class NaN:
     def __str__(self) -> str:
         return f"layer {self.layer}: call with hidden_states full of NaN"
 
-    def take(self, world: World) -> None:
+    def take(self, world: State) -> None:
         held = world.held(self.layer)
-        if (given := world.batch(held)) is not None:
-            world.s.call(held.call, replace(given, hidden_states=torch.full_like(given.hidden_states, float("nan"))))
+        if (inputs := world.batch(held)) is not None:
+            world.s.call(held.call, replace(inputs, hidden_states=torch.full_like(inputs.hidden_states, float("nan"))))
 
 
 @dataclass(frozen=True)
@@ -180,10 +180,10 @@ class Fault:
     def __str__(self) -> str:
         return f"layer {self.layer}: a call that must be refused, {self.fault}, and a good one"
 
-    def take(self, world: World) -> None:
+    def take(self, world: State) -> None:
         held = world.held(self.layer)
-        if (given := world.batch(held)) is not None:
-            SCENARIOS[f"error.{self.fault}"](_Midway(world.s, given, held.call))  # type: ignore[arg-type]
+        if (inputs := world.batch(held)) is not None:
+            SCENARIOS[f"error.{self.fault}"](_Midway(world.s, inputs, held.call))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class Poison:
     def __str__(self) -> str:
         return f"the scratch objects for {self.scratch} tokens are overwritten with NaN"
 
-    def take(self, world: World) -> None:
+    def take(self, world: State) -> None:
         for (room, *_), scratch in world.scratches.items():
             for tensor in buffers(scratch).values() if room == self.scratch else ():
                 poison_(tensor)
@@ -202,8 +202,8 @@ class Poison:
 class _Midway:
     """The session of a scenario that is played in the middle of a sequence: it draws and prepares what is there."""
 
-    def __init__(self, s: Session, given: Inputs, call: Callable[..., Tensor]) -> None:
-        self._s, self._given, self._call = s, given, call
+    def __init__(self, s: Session, inputs: Inputs, call: Callable[..., Tensor]) -> None:
+        self._s, self._given, self._call = s, inputs, call
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._s, name)
