@@ -1,55 +1,35 @@
 """Floating-point formats and the one correct way to round a float64 tensor to them.
 
 `Tensor.to` cannot be that way: from float64 to a 16-bit or 8-bit type it goes through float32 and so rounds
-twice.  1 + 2^-8 + 2^-30 lies above the midpoint of the bfloat16 neighbours 1 and 1 + 2^-7; rounded to float32
+twice. 1 + 2^-8 + 2^-30 lies above the midpoint of the bfloat16 neighbours 1 and 1 + 2^-7; rounded to float32
 first it falls onto that midpoint, and the tie then goes down to 1.
 """
 
-import dataclasses
+from __future__ import annotations
+
 import functools
 
 import torch
+from torch import Tensor
+
+from reference.scheme import FORMATS, Format
+
+__all__ = ["FORMATS", "Format", "decode", "encode", "fmt", "round_to", "torch_dtype", "truncate_to", "ulp"]
+
+#: torch dtypes that say by themselves which format they hold. Codes of other formats are bytes.
+_BY_DTYPE = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2",
+}  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """A binary floating-point format.
-
-    precision counts the significant bits with the hidden one, emin is the exponent of the smallest normal
-    number 2^emin, max the largest finite value.  A format that saturates turns everything beyond max,
-    infinities too, into max; the others overflow to infinity as IEEE 754 says.  torch_dtype holds every value
-    of the format (tf32 lives in a float32).
-    """
-
-    name: str
-    precision: int
-    emin: int
-    max: float
-    torch_dtype: torch.dtype
-    saturates: bool
+def torch_dtype(format: str | Format) -> torch.dtype:
+    """The dtype that stores the format."""
+    return getattr(torch, fmt(format).storage)
 
 
-def _largest(precision, emax):
-    return (2.0 - 2.0 ** (1 - precision)) * 2.0**emax
-
-
-FORMATS = {
-    f.name: f
-    for f in (
-        Format("fp32", 24, -126, _largest(24, 127), torch.float32, saturates=False),
-        Format("tf32", 11, -126, _largest(11, 127), torch.float32, saturates=False),
-        Format("bf16", 8, -126, _largest(8, 127), torch.bfloat16, saturates=False),
-        Format("fp16", 11, -14, _largest(11, 15), torch.float16, saturates=False),
-        # e4m3 gives its all-ones code to NaN and has no infinity, so 448 and not 480 is the largest value.
-        Format("e4m3", 4, -6, 448.0, torch.float8_e4m3fn, saturates=True),
-        Format("e5m2", 3, -14, 57344.0, torch.float8_e5m2, saturates=True),
-    )
-}
-_FP8 = {f.torch_dtype: f for f in FORMATS.values() if f.saturates}
-
-
-def fmt(name):
-    """The Format of that name; a Format is returned as it is.  ValueError for an unknown name."""
+def fmt(name: str | Format) -> Format:
+    """The Format of that name; a Format is returned as it is. ValueError for an unknown name."""
     if isinstance(name, Format):
         return name
     if name not in FORMATS:
@@ -57,18 +37,18 @@ def fmt(name):
     return FORMATS[name]
 
 
-def require_float64(x, field):
+def require_float64(x: object, field: str) -> None:
     """TypeError unless x is a float64 tensor: the oracle never computes in anything narrower."""
     if not isinstance(x, torch.Tensor) or x.dtype != torch.float64:
         found = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"{field} is {found}; it must be a torch.float64 tensor")
 
 
-def round_to(x, format):
+def round_to(x: Tensor, format: str | Format) -> Tensor:
     """Round float64 x of any shape to the nearest value of format, ties to even (IEEE 754, section 4.3.1).
 
-    Returns float64 of the same shape.  One rounding, subnormals included.  NaN stays NaN and -0.0 stays -0.0,
-    also where a negative number underflows.  Beyond the largest value: see Format.
+    Returns float64 of the same shape. One rounding, subnormals included. NaN stays NaN and -0.0 stays -0.0,
+    also where a negative number underflows. Beyond the largest value: see Format.
     """
     format = fmt(format)
     require_float64(x, "x")
@@ -84,7 +64,7 @@ def round_to(x, format):
     return torch.copysign(rounded, x)  # the sign of a zero is not left to the device's rounding instruction
 
 
-def truncate_to(x, format):
+def truncate_to(x: Tensor, format: str | Format) -> Tensor:
     """Float64 x of any shape, rounded toward zero to format: what is left where a unit ignores the lower bits.
 
     Returns float64 of the same shape; NaN and infinities stay, and so does what lies beyond the largest value."""
@@ -93,10 +73,10 @@ def truncate_to(x, format):
     return torch.where(torch.isfinite(x), torch.trunc(x / step) * step, x)
 
 
-def ulp(x, format):
+def ulp(x: Tensor, format: str | Format) -> Tensor:
     """The spacing of format at |x|, 2^(max(floor(log2|x|), emin) - precision + 1), for float64 x of any shape.
 
-    Returns float64 of the same shape.  The spacing at 0 is the smallest subnormal; beyond the largest value it
+    Returns float64 of the same shape. The spacing at 0 is the smallest subnormal; beyond the largest value it
     goes on growing as if there were no largest value; at an infinity it is inf and at NaN it is NaN.
     """
     format = fmt(format)
@@ -107,55 +87,74 @@ def ulp(x, format):
     return torch.where(torch.isfinite(x), _power_of_two(exponent - format.precision + 1), x.abs())
 
 
-def encode(x, format):
-    """Round float64 x and store it: a tensor of format.torch_dtype, same shape; decode(encode(x)) == round_to(x).
+def encode(x: Tensor, format: str | Format) -> Tensor:
+    """Round float64 x and store it: a tensor of torch_dtype(format), same shape; decode(encode(x)) == round_to(x).
 
-    NaN becomes a NaN code, its sign and payload unspecified.
+    NaN becomes a NaN code, its sign and payload unspecified. ValueError for NaN in a format of codes that has none.
     """
     format = fmt(format)
     rounded = round_to(x, format)
-    if format.torch_dtype not in _FP8:
+    if not format.bits:
         # Exact: every value of bf16, fp16, tf32 and fp32, subnormals included, is a float32, so neither the
         # conversion to float32 nor the one from there changes anything.
-        return rounded.to(format.torch_dtype)
+        return rounded.to(torch_dtype(format))
     # The codes 0, 1, 2, ... of the non-negative finite values are in ascending order of value, so the place at
-    # which an (exactly present) value is found is its code; the sign is the eighth bit.
-    values = _fp8_values(format).to(x.device)
-    magnitudes = values[: int((values[:128] <= format.max).sum())].contiguous()
+    # which an (exactly present) value is found is its code; the sign is the highest bit.
+    half = 2 ** (format.bits - 1)
+    values = _code_values(format).to(x.device)[:half]
+    magnitudes = values[: int((values <= format.max).sum())].contiguous()
     codes = torch.searchsorted(magnitudes, rounded.abs().contiguous(), out_int32=True)
-    codes = torch.where(torch.isnan(rounded), 0x7F, codes) + 128 * torch.signbit(rounded)
-    return codes.to(torch.uint8).view(format.torch_dtype)
+    nan = torch.isnan(rounded)
+    if len(magnitudes) == half and nan.any():
+        raise ValueError(f"x holds NaN; format {format.name!r} has no code for it")
+    codes = torch.where(nan, half - 1, codes) + half * torch.signbit(rounded)
+    return codes.to(torch.uint8).view(torch_dtype(format))
 
 
-def decode(t):
-    """The values of a bfloat16, float16, float32, float8_e4m3fn or float8_e5m2 tensor as float64, exactly."""
-    if t.dtype in _FP8:
-        return _fp8_values(_FP8[t.dtype]).to(t.device)[t.contiguous().view(torch.uint8).int()]
-    valid = {f.torch_dtype for f in FORMATS.values()}
-    if t.dtype not in valid:
-        raise TypeError(f"dtype of t is {t.dtype}; valid are {', '.join(sorted(str(d) for d in valid))}")
-    return t.to(torch.float64)  # widening is exact
+def decode(t: Tensor, format: str | Format | None = None) -> Tensor:
+    """The values of a tensor as float64, exactly.
+
+    format is that of the codes; None for a dtype that says it: bfloat16, float16, float32, float8_e4m3fn, float8_e5m2.
+    """
+    if format is None:
+        if t.dtype not in _BY_DTYPE:
+            valid = ", ".join(sorted(map(str, _BY_DTYPE)))
+            raise TypeError(f"dtype of t is {t.dtype}; valid are {valid}")
+        format = _BY_DTYPE[t.dtype]
+    format = fmt(format)
+    if t.dtype != torch_dtype(format):
+        raise TypeError(f"dtype of t is {t.dtype}; format {format.name!r} is stored as {torch_dtype(format)}")
+    if not format.bits:
+        return t.to(torch.float64)  # widening is exact
+    return _code_values(format).to(t.device)[t.contiguous().view(torch.uint8).int()]
 
 
-def _power_of_two(exponent):
+def _power_of_two(exponent: Tensor) -> Tensor:
     # Written as bits, because a device's pow or exp2 may be off by an ulp, and because torch.ldexp takes its
-    # power in float32.  Every exponent asked for here is inside float64's normal range -1022 .. 1023.
+    # power in float32. Every exponent asked for here is inside float64's normal range -1022 .. 1023.
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 @functools.cache
-def _fp8_values(format):
-    """The 256 values of an fp8 format by code, float64 on the CPU.  Micikevicius et al. 2022, arXiv:2209.05433."""
+def _code_values(format: Format) -> Tensor:
+    """The values of a format of codes by code, float64 on the CPU; NaN for bytes that are no code.
+
+    Sign, exponent, mantissa, as in Micikevicius et al. 2022, arXiv:2209.05433, and in the OCP Microscaling Formats
+    (MX) Specification 1.0, section 5.3. Above max lie NaN and, in e5m2 as in IEEE 754, an infinity.
+    """
     mantissa_bits = format.precision - 1
-    top_exponent = 2 ** (7 - mantissa_bits) - 1
+    half = 2 ** (format.bits - 1)
+    top_exponent = half // 2**mantissa_bits - 1
     values = []
-    for code in range(128):
+    for code in range(half):
         exponent, mantissa = divmod(code, 2**mantissa_bits)
         if exponent == 0:
             value = mantissa * 2.0 ** (format.emin - mantissa_bits)
         else:
             value = (2**mantissa_bits + mantissa) * 2.0 ** (exponent - 1 + format.emin - mantissa_bits)
-        if value > format.max:  # e4m3: one NaN; e5m2: as in IEEE 754, an infinity and then NaN
-            value = torch.inf if format.name == "e5m2" and mantissa == 0 and exponent == top_exponent else torch.nan
+        if value > format.max:
+            ieee = format.name == "e5m2" and mantissa == 0 and exponent == top_exponent
+            value = torch.inf if ieee else torch.nan
         values.append(value)
-    return torch.tensor(values + [-v for v in values], dtype=torch.float64)
+    strange = [torch.nan] * (256 - 2 * half)
+    return torch.tensor(values + [-v for v in values] + strange, dtype=torch.float64)

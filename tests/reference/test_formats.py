@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from reference.formats import FORMATS, decode, encode, fmt, round_to, ulp
+from reference.formats import FORMATS, Format, decode, encode, fmt, round_to, ulp
 
 # name: (ml_dtypes or numpy type, integer type, the same bits as a torch tensor)
 PEERS = {
@@ -41,6 +41,22 @@ def finite_values(name):
 
 def f64(*values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+def test_a_format_of_six_bits():
+    """Codes of less than a byte lie in bytes, one in each."""
+    six = Format("e2m3", precision=4, emin=0, max=7.5, storage="uint8", saturates=True, bits=6)
+    codes = torch.arange(64, dtype=torch.uint8)
+    values = torch.from_numpy(codes.numpy().view(ml_dtypes.float6_e2m3fn).astype(np.float64))
+    assert same(decode(codes, six), values) and torch.equal(encode(values, six), codes)
+    assert torch.isnan(decode(torch.tensor([64, 255], dtype=torch.uint8), six)).all()
+    x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    peer = x.clamp(-7.5, 7.5).numpy().astype(ml_dtypes.float6_e2m3fn).astype(np.float64)
+    assert torch.equal(round_to(x, six), torch.from_numpy(peer)) and six.saturates_from == 7.75
+    with pytest.raises(ValueError, match="x holds NaN; format 'e2m3' has no code for it"):
+        encode(f64(math.nan), six)
+    with pytest.raises(TypeError, match="dtype of t is torch.int8; format 'e2m3' is stored as torch.uint8"):
+        decode(codes.view(torch.int8), six)
 
 
 @pytest.mark.parametrize("name", PEERS)
