@@ -1,14 +1,14 @@
-"""Every two options of the layer in one case: clamps with scales, biases with a map, int64 ids with router weight on input.
+"""Every pair of options together: clamps with scales, biases with a map, int64 ids with the router weight on the input.
 
-The other families change one thing at a time; engines ship the combinations, and fix them one by one (vLLM gave four
-backends their swiglu limit in four PRs: 41986, 42287, 42541, 42855).
+The other families vary one option at a time. Engines ship combinations and fix them one by one (vLLM added the swiglu
+limit to four backends in four PRs: 41986, 42287, 42541, 42855).
 """
 
 from harness.problem.pairwise import pairwise
 
 FAMILY = "pairs"
 ROWS = pairwise(
-    "two options that no other row has together",
+    "two options that no other row combines",
     size=("t9-h136-i72-e6", "t3-h128-i64-e32", "t21-h64-i136-e4"),
     top_k=("k2", "k1", "k4"),
     dtype=("bf16", "fp16", "fp32"),

@@ -1,13 +1,14 @@
-"""Real layers: the dimensions of released models, whole on a GPU, scaled down on the CPU; decode and prefill batches.
+"""Layers of released models, full size on a GPU and scaled down on the CPU, with decode and prefill batches.
 
-Dimensions are those of the configuration classes of transformers 5 (tests/problem/test_real_layers.py compares), but for
-Qwen2-57B-A14B and GPT-OSS-20B, whose class defaults describe a smaller and a larger model of the same family.
+The dimensions are the defaults of the configuration classes of transformers 5 (tests/problem/test_real_layers.py
+compares them), except for Qwen2-57B-A14B and GPT-OSS-20B, whose class defaults describe another model of the same
+family.
 """
 
 from harness.problem.families import sweep
 
 FAMILY = "real_layers"
-#: model: (whole layer, what it looks like at a size for the CPU)
+#: model: (full-size layer, layer scaled down for the CPU)
 LAYERS = {
     "Mixtral-8x7B": ("h4096-i14336-e8-k2-bf16", "h256-i896-e8-k2-bf16"),
     "Qwen3-30B-A3B": ("h2048-i768-e128-k8-bf16", "h128-i48-e128-k8-bf16"),
@@ -20,7 +21,7 @@ LAYERS = {
 CPU_ROWS: dict[str, str] = {}
 GPU_ROWS: dict[str, str] = {}
 for model, (whole, small) in LAYERS.items():
-    # GPT-OSS clamps at 7, where no gate saturates: its routings are asked on the random fill.
+    # GPT-OSS clamps at 7, below the saturation of its gate, so its routings use the random fill.
     fill = "random" if "swigluoai" in whole else "exact"
     CPU_ROWS |= sweep(f"t{{t}}-{small}", f"{model}: decode and prefill", t=(1, 4, 16, 48))
     CPU_ROWS |= sweep(f"t24-{small}-{{r}}", f"{model}: uneven routings", r=("skewed", "one", "half", "balanced"))

@@ -1,22 +1,25 @@
 """The activations between the two GEMMs, in float64.
 
-Gated activations take [.., 2I], a gate g and an up u side by side, and give [.., I]:
+A gated activation maps [.., 2I], a gate g and an up projection u side by side, to [.., I]:
 
     silu        silu(g) * u                      Shazeer 2020, arXiv:2002.05202 (SwiGLU)
     gelu        gelu(g) * u, with erf            Hendrycks & Gimpel 2016, arXiv:1606.08415
     gelu_tanh   gelu(g) * u, tanh approximation  ibid.
     swigluoai   g * sigmoid(alpha g) * (u + 1)   gpt-oss; clamped, limit 7, and g, u INTERLEAVED
 
-With a limit: g = min(g, limit) and u = clamp(u, -limit, limit) first.  relu2, relu(h)^2 (So et al. 2021,
+A limit clamps first: g = min(g, limit), u = clamp(u, -limit, limit). relu2, relu(h)^2 (So et al. 2021,
 arXiv:2109.08668), is ungated: [.., I] -> [.., I].
 
-NaN gives NaN.  At -inf the gates give NaN, since -inf * 0 is: it is what the formula evaluates to in IEEE
-arithmetic, and what torch's silu and gelu return.
+NaN gives NaN. A gate of -inf gives NaN too: the formula is -inf * 0, NaN in IEEE arithmetic, and torch's silu and gelu
+return the same.
 """
+
+from __future__ import annotations
 
 import math
 
 import torch
+from torch import Tensor
 
 from reference.formats import require_float64
 
@@ -25,23 +28,23 @@ ACTIVATIONS = (*GATED, "relu2")
 SWIGLUOAI_LIMIT = 7.0
 
 
-def is_gated(name):
-    """Whether the activation takes a gate and an up projection.  ValueError for an unknown name."""
+def is_gated(name: str) -> bool:
+    """Return whether the activation takes a gate and an up projection. ValueError for an unknown name."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation is {name!r}; valid are {', '.join(ACTIVATIONS)}")
     return name in GATED
 
 
-def activate(h, activation, limit=None, alpha=1.702):
-    """Pre-activations h float64 [.., 2I] ([.., I] if ungated) -> a float64 [.., I].
+def activate(h: Tensor, activation: str, limit: float | None = None, alpha: float = 1.702) -> Tensor:
+    """Apply an activation to h float64 [.., 2I] ([.., I] if ungated); return float64 [.., I].
 
-    limit None means 7 for swigluoai and no clamping for the others.  alpha is for swigluoai only.
+    limit=None means 7 for swigluoai and no clamp for the others. Only swigluoai reads alpha.
     """
     return combine_gate_up(*split_gate_up(h, activation), activation, limit, alpha)
 
 
-def split_gate_up(h, activation):
-    """h [.., 2I] -> (g, u), each [.., I]; (h, None) if ungated.  ValueError if a gated h has an odd last size."""
+def split_gate_up(h: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+    """Split h [.., 2I] into g and u [.., I]; (h, None) if ungated. ValueError if gated and the last size is odd."""
     require_float64(h, "h")
     if not is_gated(activation):
         return h, None
@@ -53,8 +56,10 @@ def split_gate_up(h, activation):
     return h[..., :intermediate_size], h[..., intermediate_size:]
 
 
-def combine_gate_up(g, u, activation, limit=None, alpha=1.702):
-    """(g, u) float64 [.., I] -> a float64 [.., I]; u is None if ungated.  Differentiable in g and u."""
+def combine_gate_up(
+    g: Tensor, u: Tensor | None, activation: str, limit: float | None = None, alpha: float = 1.702
+) -> Tensor:
+    """Combine g and u, float64 [.., I], into float64 [.., I]; u is None if ungated. Differentiable in g and u."""
     require_float64(g, "g")
     if limit is not None and not limit > 0:
         raise ValueError(f"limit is {limit}; valid are None and positive numbers")
@@ -62,6 +67,8 @@ def combine_gate_up(g, u, activation, limit=None, alpha=1.702):
         if limit is not None or u is not None:
             raise ValueError(f"limit is {limit} and u is {type(u).__name__}; both must be None for relu2")
         return torch.relu(g) ** 2
+    if u is None:
+        raise ValueError(f"u is None; activation {activation!r} is gated and needs a tensor")
     require_float64(u, "u")
     if activation == "swigluoai" and limit is None:
         limit = SWIGLUOAI_LIMIT

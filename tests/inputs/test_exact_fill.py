@@ -1,4 +1,4 @@
-"""The exact fill is exact, and not vacuous: whatever is dropped shows in many outputs."""
+"""The exact fill rounds nowhere, and every dropped or misplaced part changes many outputs."""
 
 from dataclasses import replace
 
@@ -40,14 +40,14 @@ def stages_of(text: str, seed: int = 0):
 
 
 def settled(value):
-    """A gate that is off leaves less than float32's smallest number: zero in every kernel, not quite in float64."""
+    """Replace values below float32's smallest number, which a closed gate leaves in float64, by zero, as kernels do."""
     return torch.where(value.abs() < 1e-45, 0.0, value)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("text", PROBLEMS)
-def test_every_value_on_the_way_is_representable(text, seed):
-    """h, a, each slot and each partial sum over top_k in the io dtype; where it is quantized, in e4m3."""
+def test_every_intermediate_value_is_representable(text, seed):
+    """h, a, each slot and each partial sum over top_k fit the io dtype; quantized values fit e4m3."""
     inputs, _, stages = stages_of(text, seed)
     io = inputs.case.problem.dtype
     for name in ("h", "a", "y"):
@@ -72,7 +72,7 @@ def test_dynamic_scales_are_powers_of_two(text):
 
 
 def changed(text: str, spoil) -> float:
-    """The share of outputs that differ when `spoil` changes the inputs."""
+    """Return the share of outputs that differ after `spoil` changes the inputs."""
     inputs = draw(Case.parse(f"{text}-exact"))
     right = exact_output(inputs)
     other = spoil(
@@ -87,10 +87,9 @@ def drop_column(inputs, column):
     return replace(inputs, hidden_states=x)
 
 
-def test_not_vacuous(capsys):
-    """Dropping a K column, I column, block, slot or expert, or swapping neighbours, changes a stated share at least."""
+def test_every_dropped_or_misplaced_part_changes_its_share_of_the_outputs(capsys):
     text = "t16-h256-i128-e8-k2-bf16"
-    # The two class columns matter to half of the tokens each, every other column to nearly all outputs.
+    # Each of the two class columns affects half of the tokens; every other column affects nearly all outputs.
     columns = torch.randperm(256, generator=torch.Generator().manual_seed(0))[:24].tolist()
     shares = {"one K column (least of 24)": min(changed(text, lambda g, c=c: drop_column(g, c)) for c in columns)}
 
@@ -120,8 +119,8 @@ def test_not_vacuous(capsys):
     assert {name: share for name, share in shares.items() if share < least[name]} == {}
 
 
-def test_a_16_bit_accumulator_shows():
-    """Ramp tokens drive a bf16 accumulator over its integers; float32 and a 14-bit one stay exact."""
+def test_a_16_bit_accumulator_changes_outputs():
+    """Ramp tokens exceed the exact integers of a bf16 accumulator; a float32 and a 14-bit accumulator stay exact."""
     inputs = draw(Case.parse("t16-h2048-i64-e2-k1-bf16-exact"))
     x, w = inputs.hidden_states.double(), inputs.layer.w13[0].double()
     exact = x @ w.T
@@ -143,6 +142,6 @@ def test_a_16_bit_accumulator_shows():
         ("t4-h16-i32-e4-k2-bf16", "hidden_size >= 32"),
     ],
 )
-def test_where_no_exact_fill_exists_the_reason_is_said(text, reason):
-    said = inexact(Case.parse(text).problem)
-    assert said is not None and said.startswith("fill: ") and reason in said
+def test_inexact_gives_the_reason_why_no_exact_fill_exists(text, reason):
+    actual = inexact(Case.parse(text).problem)
+    assert actual is not None and actual.startswith("fill: ") and reason in actual

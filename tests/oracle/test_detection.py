@@ -1,6 +1,6 @@
-"""The random fill sees what the exact fill cannot: precision, undeclared roundings, requantization, small scale errors.
+"""The random fill detects what the exact fill cannot: precision, undeclared roundings, requantization, scale errors.
 
-Each fault is a kernel that is right but for one thing, judged under the plan that it declares.
+Each backend has one fault and is judged under the plan that it declares.
 """
 
 import pytest
@@ -16,7 +16,7 @@ PLAIN = "t48-h512-i256-e4-k2-{}-random"
 
 
 class Faulty(Emulated):
-    """`declared` is what it says; the keywords of Emulated are what it does; `change` spoils a method."""
+    """A backend whose arithmetic (the keywords of Emulated, or an overridden method) is not the plan it declares."""
 
     def __init__(self, declared=None, **does):
         super().__init__("faulty", **does)
@@ -61,7 +61,7 @@ class ScalePerToken(Faulty):
 
 
 class ShiftedScales(Faulty):
-    """The scale of a group is used for the next."""
+    """Uses the scale of a group for the next group."""
 
     def quantize(self, x, granularity, static):
         right = super().quantize(x, granularity, static)
@@ -99,7 +99,7 @@ class TruncatesCodes(Faulty):
     ],
     ids=lambda v: v if isinstance(v, str) else type(v).__name__ + "".join(f"-{k}" for k in v.plan),
 )
-def test_a_fault_of_precision_is_seen(backend, text):
+def test_a_fault_of_precision_fails(backend, text):
     verdict = run_case(Case.parse(text), backend, Device("cpu"))
     assert verdict.status == "failed", f"{verdict.budget:.2f} of the budget: {verdict.budgets}"
 

@@ -1,4 +1,4 @@
-"""reference.activation against torch, Python's math and 50-digit arithmetic, and at extreme points."""
+"""reference.activation against torch, Python's math module and 50-digit arithmetic, and at extreme points."""
 
 import decimal
 import math
@@ -14,7 +14,7 @@ def f64(*values):
 
 
 def gate_only(name, g):
-    """act(g): with u = 1, or u = 0 for swigluoai, which adds 1 to it."""
+    """Return act(g): u is 1, or 0 for swigluoai, which adds 1 to u."""
     return combine_gate_up(g, torch.zeros_like(g) if name == "swigluoai" else torch.ones_like(g), name, limit=math.inf)
 
 
@@ -33,12 +33,12 @@ def test_gates_against_torch():
 
 
 def test_gates_keep_their_relative_precision_at_negative_arguments():
-    # There 1 + erf and 1 + tanh cancel; the oracle must not.  Expected values in 50 digits.
+    # 1 + erf(g) and 1 + tanh(g) cancel at negative g. The expected values have 50 digits.
     decimal.getcontext().prec = 50
     for g in (-3.0, -6.5, -10.0, -20.0):
         exact = decimal.Decimal(g) / (1 + decimal.Decimal(-g).exp())
         assert gate_only("silu", f64(g)).item() == pytest.approx(float(exact), rel=1e-14, abs=0)
-        # Asymptotically gelu(g) = g/2 erfc(-g/sqrt 2), and Python's erfc is relatively precise.
+        # gelu(g) = g/2 erfc(-g/sqrt 2), and Python's erfc keeps its relative precision.
         assert gate_only("gelu", f64(g)).item() == pytest.approx(g / 2 * math.erfc(-g / math.sqrt(2)), rel=1e-13, abs=0)
         z = (decimal.Decimal(2) / decimal.Decimal(math.pi)).sqrt() * (
             decimal.Decimal(g) + decimal.Decimal("0.044715") * decimal.Decimal(g) ** 3
@@ -56,11 +56,11 @@ def test_extreme_gates(name):
     a = gate_only(name, g)
     assert torch.equal(a[[0, 1, 2, 3, 5]], f64(0, 0, 1000, math.inf, 0))
     assert torch.isnan(a[4])
-    assert torch.isnan(gate_only(name, f64(-math.inf))).all()  # -inf * 0, as IEEE has it
+    assert torch.isnan(gate_only(name, f64(-math.inf))).all()  # IEEE: -inf * 0
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_nan_goes_through_every_position_and_no_further(name):
+def test_nan_reaches_one_output_from_every_position(name):
     size = 6
     for position in range(size):
         h = torch.ones(2, size, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_nan_goes_through_every_position_and_no_further(name):
             assert torch.isnan(a[1, expected])
 
 
-def test_layouts():
+def test_gate_and_up_are_split_by_layout():
     h = f64(1, 2, 3, 4, 5, 6)
     g, u = split_gate_up(h, "silu")
     assert torch.equal(g, f64(1, 2, 3)) and torch.equal(u, f64(4, 5, 6))
@@ -83,9 +83,8 @@ def test_layouts():
     assert activate(torch.zeros(2, 3, 8, dtype=torch.float64), "gelu").shape == (2, 3, 4)
 
 
-def test_limits():
+def test_limits_clamp_the_gate_from_above_and_up_on_both_sides():
     silu7 = 7 / (1 + math.exp(-7))
-    # Gate clamped from above only, up on both sides.
     torch.testing.assert_close(activate(f64(100, -100, 1, 1, 3, 100), "silu", 7.0)[:1], f64(silu7 * 1))
     torch.testing.assert_close(activate(f64(7, 100), "silu", 7.0), f64(silu7 * 7))
     torch.testing.assert_close(activate(f64(7, -100), "silu", 7.0), f64(silu7 * -7))
@@ -133,5 +132,7 @@ def test_errors_name_the_field_the_value_and_what_is_valid():
         activate(f64(1, 2), "silu", limit=-1)
     with pytest.raises(ValueError, match="limit is 7.0 .* must be None for relu2"):
         activate(f64(1, 2), "relu2", limit=7.0)
+    with pytest.raises(ValueError, match="u is None; activation 'silu' is gated"):
+        combine_gate_up(f64(1, 2), None, "silu")
     with pytest.raises(TypeError, match="h is torch.float32"):
         activate(torch.zeros(4), "silu")

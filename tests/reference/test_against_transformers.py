@@ -18,13 +18,13 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 24, 20, 12, 16, 3
 
-# Both sides compute in float64, in different orders: the sum of n products differs by at most about n u of its
-# terms' magnitudes, here of order 1 to 10.
+# Both sides compute in float64, in different orders: two sums of n products differ by at most about n u times the
+# magnitude of their terms, which is 1 to 10 here.
 CLOSE = dict(rtol=1e-11, atol=1e-11)
 
 
 def randomized(module, dtype, seed=0):
-    """The module with every parameter and buffer drawn anew, some of them being zero or uninitialised otherwise."""
+    """Draw every parameter and buffer of a module anew, since some are zero or uninitialized; return the module."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
@@ -37,7 +37,7 @@ def tokens(dtype, seed=1):
 
 
 def random_routing(seed=2):
-    """Distinct random experts for every token, expert 0 getting none, and random weights."""
+    """Return random weights and distinct random ids for every token; expert 0 has no token."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.stack([torch.randperm(EXPERTS - 1, generator=generator)[:TOP_K] + 1 for _ in range(TOKENS)])
     return torch.rand(TOKENS, TOP_K, generator=generator, dtype=torch.float64), ids
@@ -54,7 +54,7 @@ def config_of(config, **more):
 
 
 def check_experts(theirs, x, weights, ids, w13, w2, **options):
-    """theirs [T, K] against reference.moe and against the NumPy layer."""
+    """Compare theirs [T, K] with reference.moe and with the NumPy layer."""
     ours = moe(x, weights, ids, Experts(w13=w13, w2=w2, **options))
     torch.testing.assert_close(ours, theirs, **CLOSE)
     by_numpy = numpy_moe(x.numpy(), w13.numpy(), w2.numpy(), weights.numpy(), ids.numpy(), **options)
@@ -78,7 +78,7 @@ def test_experts(module, config, hidden_act, activation):
 
 def test_gpt_oss_experts_interleaved_clamped_and_biased():
     experts = randomized(GptOssExperts(config_of(GptOssConfig)), torch.float64)
-    x, (weights, ids) = tokens(torch.float64) * 4, random_routing()  # 4: beyond the limit of 7 in places
+    x, (weights, ids) = tokens(torch.float64) * 4, random_routing()  # times 4: some values exceed the limit of 7
     w13 = experts.gate_up_proj.transpose(1, 2)
     assert ((x @ w13[1].T).abs() > 7).any()
     check_experts(
@@ -92,7 +92,7 @@ def test_deepseek_v3_layer_with_its_shared_expert():
     layer = randomized(DeepseekV3MoE(config), torch.float64)
     x = tokens(torch.float64)
     theirs = layer(x[None])[0]
-    _, weights, ids = layer.gate(x[None])  # computed in float32: taken over as they are
+    _, weights, ids = layer.gate(x[None])  # computed in float32, used unchanged
     w13, w2, mlp = layer.experts.gate_up_proj, layer.experts.down_proj, layer.shared_experts
     shared13 = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
     by_numpy = numpy_moe(
@@ -113,7 +113,7 @@ def llama4():
         layer.shared_expert,
     )
     shared13 = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
-    # The router rounds its sigmoid to float32; repeat that, or it would be all the difference there is.
+    # The router rounds its sigmoid to float32. Without the same rounding here, it would be the only difference.
     weights = routing.topk_weights.float().double()
     return layer, x, weights, routing.topk_ids, w13, w2, shared13, mlp.down_proj.weight
 

@@ -1,4 +1,4 @@
-"""reference.routing against a brute force in plain Python, and its judge against right and wrong float32 kernels."""
+"""reference.routing against a brute force in plain Python, and its judge on correct and wrong float32 kernels."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from reference.routing import judge_routing, route, weights_of
 
-# Every method, as arguments of route() for 32 experts.
+#: Arguments of route() for every method, with 32 experts.
 BIAS = torch.randn(32, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).float().double() * 0.1
 CASES = {
     "softmax_topk": dict(top_k=4, method="softmax_topk"),
@@ -37,7 +37,7 @@ def random_logits(tokens=64, experts=32, seed=0, scale=2.0):
 
 def brute_force(row, top_k, method, renormalize=None, correction_bias=None, num_groups=1, topk_groups=1,
                 routed_scaling_factor=1.0, scoring="sigmoid"):  # fmt: skip
-    """One token in plain Python floats: [(id, weight), ...], best first."""
+    """Route one token in plain Python floats; return [(id, weight), ...], best first."""
     row = [-math.inf if math.isnan(v) else v for v in row]
     experts = range(len(row))
     if method == "topk_softmax":
@@ -66,7 +66,7 @@ def brute_force(row, top_k, method, renormalize=None, correction_bias=None, num_
 @ALL_CASES
 def test_against_brute_force(arguments):
     logits = random_logits().double()
-    logits[2] -= 60.0  # sigmoids so small that the 1e-20 counts
+    logits[2] -= 60.0  # sigmoids small enough for the 1e-20 to matter
     logits[3, 5] = math.nan
     logits[4, :20] = -math.inf
     logits[5, 7] = 80.0
@@ -82,9 +82,9 @@ def test_against_brute_force(arguments):
 
 def kernel(logits, top_k, method, renormalize=None, correction_bias=None, num_groups=1, topk_groups=1,
            routed_scaling_factor=1.0, scoring="sigmoid", by_tanh=False, reverse_ties=False):  # fmt: skip
-    """What a plain float32 implementation does, ties going to the larger id if asked to."""
+    """Route logits in plain float32; reverse_ties prefers the larger id among equal scores."""
     logits = logits.float()
-    if reverse_ties:  # work on the experts in reverse, and name them back at the end
+    if reverse_ties:  # route the experts in reverse order and map their ids back
         bias = None if correction_bias is None else correction_bias.flip(0)
         weights, ids = kernel(logits.flip(1), top_k, method, renormalize, bias, num_groups, topk_groups,
                               routed_scaling_factor, scoring, by_tanh)  # fmt: skip
@@ -123,7 +123,7 @@ LOGITS = {
 
 @pytest.mark.parametrize("name", LOGITS)
 @ALL_CASES
-def test_right_kernels_are_not_accused(arguments, name):
+def test_correct_kernels_are_accepted(arguments, name):
     logits = LOGITS[name]
     expected = route(logits.double(), **arguments)
     for variant in (dict(), dict(by_tanh=True), dict(reverse_ties=True)):
@@ -136,18 +136,18 @@ def test_right_kernels_are_not_accused(arguments, name):
         assert judge_routing(expected, weights[:, shuffled], ids[:, shuffled]) == []
 
 
-def test_ties_at_the_cut_leave_exactly_the_tied_experts_to_choose_from():
+def test_a_tie_at_the_cut_admits_exactly_the_tied_experts():
     logits = torch.tensor([[5.0, 1.0, 1.0, 1.0, 0.0, -1.0]], dtype=torch.float64)
     expected = route(logits, 2, "topk_softmax")
     assert expected.topk_ids.tolist() == [[0, 1]] and expected.near_tie.all()
     for other, right in {1: True, 2: True, 3: True, 4: False, 5: False}.items():
         ids = torch.tensor([[0, other]])
         assert (judge_routing(expected, weights_of(expected, ids)[0], ids) == []) is right
-    ids = torch.tensor([[1, 2]])  # both tied, but the best one is left out
+    ids = torch.tensor([[1, 2]])  # both tied, but the best expert is missing
     assert judge_routing(expected, weights_of(expected, ids)[0], ids) != []
 
 
-def test_tied_groups_leave_whole_groups_to_choose_from():
+def test_tied_groups_admit_whole_groups_only():
     # Groups {0, 1}, {2, 3}, {4, 5}: the first is best, the other two tie by their maximum.
     logits = torch.tensor([[3.0, 2.0, 1.0, -1.0, 1.0, 0.0]], dtype=torch.float64)
     expected = route(logits, 4, "grouped", num_groups=3, topk_groups=2)
@@ -157,53 +157,53 @@ def test_tied_groups_leave_whole_groups_to_choose_from():
         assert (judge_routing(expected, weights_of(expected, ids)[0], ids) == []) is right
 
 
-def test_no_tie_is_seen_in_a_gap_larger_than_the_rounding_and_16_bit_logits_widen_it():
+def test_a_near_tie_is_a_gap_within_the_rounding_of_the_logits_format():
     logits = torch.tensor([[2.0, 1.0, 1.0 - 2.0**-16, 0.0]], dtype=torch.float64)
     assert not route(logits, 2, "softmax_topk").near_tie.any()
     assert route(logits, 2, "softmax_topk", logits_format="bf16").near_tie.all()
     logits[0, 2] = 1.0 - 2.0**-23
     assert route(logits, 2, "softmax_topk").near_tie.all()
-    assert not route(logits, 1, "softmax_topk").near_tie.any()  # the same tie, but not at the cut
+    assert not route(logits, 1, "softmax_topk").near_tie.any()  # the tie is not at the cut
     assert not route(logits, 3, "softmax_topk").near_tie.any()
 
 
 @ALL_CASES
-def test_wrong_kernels_are_accused(arguments):
+def test_wrong_kernels_are_rejected(arguments):
     logits = random_logits(64, seed=8)
     expected = route(logits.double(), **arguments)
     weights, ids = kernel(logits, **arguments)
     top_k = arguments["top_k"]
     assert judge_routing(expected, weights, ids) == []
 
-    def accused(weights, ids, tokens=64):
+    def rejected(weights, ids, tokens=64):
         return len({c.split(":")[0] for c in judge_routing(expected, weights, ids)}) == tokens
 
-    assert accused(weights * 1.0001, ids)
-    assert accused(weights + math.nan, ids)
+    assert rejected(weights * 1.0001, ids)
+    assert rejected(weights + math.nan, ids)
     if top_k > 1:
-        assert accused(weights.flip(1), ids)
+        assert rejected(weights.flip(1), ids)
         twice = ids.clone()
         twice[:, 1] = twice[:, 0]
-        assert accused(weights, twice)
+        assert rejected(weights, twice)
     out_of_range = ids.clone()
     out_of_range[5, 0] = -1
     out_of_range[6, 0] = 32
-    assert accused(weights, out_of_range, tokens=2)
+    assert rejected(weights, out_of_range, tokens=2)
     if top_k < 32:
         neighbour = ids.clone()
         absent = next(e for e in range(32) if e not in ids[9].tolist())
         neighbour[9, -1] = absent if absent != int(ids[9, -1]) else absent + 1
-        assert accused(weights_of(expected, neighbour)[0], neighbour, tokens=1)
+        assert rejected(weights_of(expected, neighbour)[0], neighbour, tokens=1)
     assert "shape" in judge_routing(expected, weights[1:], ids)[0]
 
 
-def test_historical_mistakes_are_accused():
+def test_historical_mistakes_are_rejected():
     logits = random_logits(256, seed=9)
     v3 = CASES["deepseek_v3"]
     expected = route(logits.double(), **v3)
     mistakes = {
         "bias ignored": v3 | dict(correction_bias=torch.zeros(32)),
-        "no renormalisation": v3 | dict(renormalize=False),
+        "no renormalization": v3 | dict(renormalize=False),
         "no scaling factor": v3 | dict(routed_scaling_factor=1.0),
         "groups ignored": v3 | dict(num_groups=1, topk_groups=1),
         "groups by their maximum": v3 | dict(correction_bias=None),
@@ -211,7 +211,7 @@ def test_historical_mistakes_are_accused():
     }
     for mistake, arguments in mistakes.items():
         assert len(judge_routing(expected, *kernel(logits, **arguments))) > 20, mistake
-    # Weights of the biased instead of the unbiased scores.
+    # Weights from the biased scores instead of the unbiased ones.
     ids = expected.topk_ids
     biased = (torch.sigmoid(logits.double()) + BIAS).gather(1, ids)
     assert len(judge_routing(expected, biased / biased.sum(1, keepdim=True) * 2.5, ids)) > 200
@@ -221,7 +221,7 @@ def test_historical_mistakes_are_accused():
     assert len(judge_routing(expected, weights / weights.sum(1, keepdim=True), ids)) > 200
 
 
-def test_undefined_weights_are_not_judged_but_ids_are():
+def test_undefined_weights_are_accepted_and_their_ids_are_judged():
     nan, inf = math.nan, math.inf
     logits = torch.tensor([[nan] * 4, [-inf] * 4, [inf, 0, 0, inf], [nan, 0, 0, 0]], dtype=torch.float64)
     expected = route(logits, 2, "softmax_topk", renormalize=True)
@@ -233,7 +233,7 @@ def test_undefined_weights_are_not_judged_but_ids_are():
     assert len(judge_routing(expected, torch.full((4, 2), 0.5), ids)) == 1
 
 
-def test_no_tokens():
+def test_no_tokens_give_empty_tensors():
     expected = route(torch.zeros(0, 8, dtype=torch.float64), 2, "topk_softmax")
     assert expected.topk_ids.shape == expected.topk_weights.shape == (0, 2)
     assert judge_routing(expected, expected.topk_weights, expected.topk_ids) == []
