@@ -1,6 +1,6 @@
-"""The command line, `moe-harness` or `python3 -m harness`: one module of commands/ for each command.
+"""The command line, `moe-harness` or `python3 -m harness`: the parser and `main`.
 
-A process uses either the interpreter or a GPU, never both: whatever concerns several devices starts one process each.
+A process uses either Triton's interpreter or a GPU, never both: a command for several devices starts one process each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.backend import BackendError
 from harness.base.errors import UserError
 from harness.commands import (
     bisect,
@@ -29,9 +28,6 @@ from harness.commands import (
     summary,
     verify,
 )
-from harness.problem.case import DescriptorError
-from harness.results import known_failures
-from harness.results.file import ResultsError
 
 #: In the order of --help.
 COMMANDS = (
@@ -40,17 +36,17 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 good, 1 something is not green, 2 wrong arguments."""
+    """Run one command. Returns the exit code: 0 all green, 1 something is not green, 2 wrong arguments."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a kernel author's own directory, for --backend package.module:object
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
-    except (UserError, BackendError, DescriptorError, ResultsError, known_failures.LedgerError) as error:
+    except UserError as error:
         print(f"moe-harness: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `moe-harness list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python prints another error when it flushes at exit
         return 0
 
 
@@ -59,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(command: Any, name: str, summary: str) -> argparse.ArgumentParser:
-        found = commands.add_parser(name, help=summary, description=summary)
-        found.set_defaults(command=command)
-        return found
+        subparser = commands.add_parser(name, help=summary, description=summary)
+        subparser.set_defaults(command=command)
+        return subparser
 
     for module in COMMANDS:
         module.register(add)

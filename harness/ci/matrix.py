@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.base import toml
+from harness.base.errors import UserError
 from harness.base.processes import ROOT, pytest_words, workers
 from harness.results.file import ResultsError
 from harness.results.floor import read_floor
@@ -35,7 +36,7 @@ SELF_HOSTED = "self-hosted"
 ROW, SHARD = "MOE_HARNESS_ROW", "MOE_HARNESS_SHARD"
 
 
-class MatrixError(Exception):
+class MatrixError(UserError):
     """matrix.toml, or what was asked of it, is wrong; the message names the row, the key and what is valid."""
 
 

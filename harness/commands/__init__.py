@@ -1,4 +1,15 @@
-"""Subcommands of the command line that have a module of their own: `register(add)` declares a command's arguments.
+"""One module for each command of the command line, named as the command.
 
-These modules are imported at every start of the command line, so what is slow to import is imported where it is used.
+Public: `register(add)` of every module, which declares the command's arguments; `cli.COMMANDS` lists the modules.
+The command line imports all of them at every start, so a slow import stands in the function that needs it.
 """
+
+from harness.problem.case import Case, DescriptorError
+
+
+def parse_case(descriptor: str) -> Case:
+    """Parse a descriptor from the command line. DescriptorError names the command that lists descriptors."""
+    try:
+        return Case.parse(descriptor)
+    except DescriptorError as error:
+        raise DescriptorError(f"{error}; those in use: python3 -m harness list --why") from error

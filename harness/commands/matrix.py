@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from harness import device as devices
+from harness.base.arguments import positionals_after_options
 from harness.base.errors import UserError
 from harness.base.processes import ROOT, environment, exit_code
 from harness.base.text import number
 from harness.ci import matrix
-from harness.ci.matrix import MatrixError, MatrixRow
-from harness.results.file import ResultsError
+from harness.ci.matrix import MatrixRow
 
 
 def register(add: Callable[..., Any]) -> None:
@@ -30,37 +30,20 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument("--compare", nargs=2, metavar=("BASE", "HEAD"), help="the row's `moe-harness compare` instead")
     sub.add_argument("--durations", nargs="+", metavar="RESULTS", help="print a durations file made of these results")
     sub.add_argument("pytest", nargs="*", metavar="-- PYTEST OPTION", help="handed on to pytest")
-    _take_what_follows_dashes(sub)
-
-
-def _take_what_follows_dashes(sub: argparse.ArgumentParser) -> None:
-    """In `ROW --shard 1/2 -- -k x`, argparse before Python 3.13 takes "pytest" to be the nothing before --shard."""
-    whole = sub.parse_known_args
-
-    def parse_known_args(words: Any = None, namespace: Any = None) -> Any:
-        words = list(words)
-        cut = words.index("--") if "--" in words else len(words)
-        found, strange = whole(words[:cut], namespace)
-        found.pytest += words[cut + 1 :]
-        return found, strange
-
-    sub.parse_known_args = parse_known_args  # type: ignore
+    positionals_after_options(sub, "pytest")
 
 
 def command(args: argparse.Namespace) -> int:
-    try:
-        if args.json or args.install:
-            return matrix.plain(args)
-        if args.durations:
-            return _durations(args.durations)
-        rows = matrix.read()
-        if not args.row:
-            print("\n".join(_table(list(rows.values()))))
-            return 0
-        row = matrix.row_named(args.row, rows)
-        return _compare(row, *args.compare) if args.compare else _run(row, args)
-    except (MatrixError, ResultsError) as error:
-        raise UserError(str(error)) from error
+    if args.json or args.install:
+        return matrix.plain(args)
+    if args.durations:
+        return _durations(args.durations)
+    rows = matrix.read()
+    if not args.row:
+        print("\n".join(_table(list(rows.values()))))
+        return 0
+    row = matrix.row_named(args.row, rows)
+    return _compare(row, *args.compare) if args.compare else _run(row, args)
 
 
 def _durations(paths: list[str]) -> int:

@@ -48,17 +48,14 @@ def structure(args: argparse.Namespace) -> int:
 # -- the baseline -----------------------------------------------------------------------------------------------------
 def _check(args: argparse.Namespace) -> int:
     from harness.perf.count import baseline
-    from harness.perf.count.baseline_file import BaselineError, read
+    from harness.perf.count.baseline_file import read
 
     if args.device != "cpu" or args.backend or args.target:
         option = "--backend" if args.backend else "--target" if args.target else f"--device {args.device}"
         raise UserError(f"{option}: needs a DESCRIPTOR; the baseline is the cpu's, for all its backends and targets")
     if args.accept and args.no_compile:
         raise UserError("--accept --no-compile: a baseline without machine code is not one; leave --no-compile out")
-    try:
-        old = read(args.baseline)
-    except BaselineError as error:
-        raise UserError(str(error)) from error
+    old = read(args.baseline)
     device = ready("cpu")
 
     def progress(line: str) -> None:

@@ -1,26 +1,30 @@
-"""The pytest plugin: every row of a family, on every device and backend, becomes one item; verdicts become a table.
+"""The pytest plugin (conftest.py: pytest_plugins = ["harness.plugin"]): one item for each case, device and backend.
 
     -m / --device -> devices -> harness.device.start -> items (pytest_generate_tests) -> check() -> run_case
        -> verdict in the report's user_properties -> the controller: results file, table, floor
 
-Which devices: plugin/selection.py. What becomes of the verdicts: plugin/controller.py. Under pytest-xdist the workers
-choose devices and make items exactly as a single process does.
+Public: the name `harness.plugin`, the options, the marks and the fixture `check`. selection.py chooses the devices,
+process.py makes the items, verdicts.py runs one, controller.py collects the verdicts. Under pytest-xdist every worker
+chooses devices and makes items exactly as a single process does.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import device as devices
+from harness.base.errors import UserError
 from harness.device import DEVICES
-from harness.plugin.items import marks_of, times
+from harness.plugin.items import is_timing, marks_of
 from harness.plugin.process import KEY, Process
 from harness.plugin.selection import select_devices
+from harness.plugin.shard import Splitter
 from harness.plugin.verdicts import check_item
 from harness.problem import families
 from harness.problem.case import FILLS, DescriptorError
@@ -39,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--seed", type=int, metavar="N", help="replaces the seed of every case")
     add("--require-device", action="append", default=[], choices=DEVICES, help="an error if this device is not here")
     add("--results", type=Path, metavar="PATH", help="append one JSON line for every verdict to this file")
-    add("--floor", type=Path, metavar="PATH", help="fail if fewer cases ran than this file wants (cases/floor.toml)")
+    add("--floor", type=Path, metavar="PATH", help="fail if fewer cases ran than this file demands (cases/floor.toml)")
     add("--ledger", type=Path, default=known_failures.LEDGER, metavar="PATH", help="known failures (cases/ledger.toml)")
     add("--shard", metavar="I/N", help="only the I-th of N parts of the items, of about the same duration")
     add("--durations-from", type=Path, metavar="PATH", help="with --shard: past durations, or a results file")
@@ -48,25 +52,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads its options
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """A whole run on a GPU spreads over worker processes by itself: Triton compiles on CPU cores, for minutes on one.
+    """Spread a whole run on a GPU over worker processes: Triton compiles on CPU cores, and one takes minutes.
 
-    -n 0 keeps it in one process.
+    -n 0 keeps the run in one process.
     """
     option = config.option
     if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
         return
     if option.numprocesses is not None or option.usepdb or option.collectonly or option.capture == "no":
         return
-    if times(option.markexpr):
+    if is_timing(option.markexpr):
         return
     chosen = select_devices(option.markexpr, option.device, devices.present()).devices
     whole = not any("::" in argument or argument.endswith(".py") for argument in config.args)
     if whole and not option.keyword and any(not device.on_cpu for device in chosen):
         option.numprocesses = max(1, min(GPU_WORKERS, len(os.sched_getaffinity(0)) * 3 // 4))
-        option.dist = "worksteal"  # items of one case stay together: what is drawn for it is kept in a process
+        option.dist = "worksteal"  # items of one case stay together: its process keeps the inputs
 
 
 # -- hooks: start and collection --------------------------------------------------------------------------------------
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn UserError into pytest.UsageError: pytest prints its one line, and exits with 4."""
+    try:
+        yield
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
 def pytest_configure(config: pytest.Config) -> None:
     own = [f"{name}: runs on this device" for name in DEVICES]
     own += [f"{fill}: inputs are drawn this way (inputs/draw.py)" for fill in FILLS]
@@ -75,22 +88,22 @@ def pytest_configure(config: pytest.Config) -> None:
         own += [f"{module.FAMILY}: a family of cases" for module in families.families()]
     for line in own:
         config.addinivalue_line("markers", line)
-    harness = config.stash[KEY] = Process(config)
-    if harness.controller:
-        config.pluginmanager.register(harness.controller, "moe-harness-controller")
-    if config.option.shard:
-        from harness.plugin.shard import Splitter
-
-        config.pluginmanager.register(Splitter(config.option.shard, config.option.durations_from), "moe-harness-shard")
+    with usage_errors():
+        process = config.stash[KEY] = Process(config)
+        if config.option.shard:
+            splitter = Splitter(config.option.shard, config.option.durations_from)
+            config.pluginmanager.register(splitter, "moe-harness-shard")
+    if process.controller:
+        config.pluginmanager.register(process.controller, "moe-harness-controller")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    harness = config.stash.get(KEY, None)
-    if harness is None:
+    process = config.stash.get(KEY, None)
+    if process is None:
         return
-    harness.stderr.close()
-    if harness.controller:
-        harness.controller.close()
+    process.stderr.close()
+    if process.controller:
+        process.controller.close()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -102,21 +115,23 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "check" not in metafunc.fixturenames or not hasattr(metafunc.module, "FAMILY"):
         return
-    harness = metafunc.config.stash[KEY]
-    # Known from here on, so that --strict-markers accepts it: families are found as they are collected.
+    process = metafunc.config.stash[KEY]
+    # Declared here, or --strict-markers would refuse it: a family is known once its module is collected.
     metafunc.config.addinivalue_line("markers", f"{metafunc.module.FAMILY}: a family of cases")
-    try:
-        parameters = [
-            pytest.param(
-                asked,
-                id=f"{asked.case}:{asked.backend.name}:{asked.device.name}",
-                marks=[getattr(pytest.mark, name) for name in marks_of(asked)],
-            )
-            for asked in harness.items(metafunc.module)
-        ]
-    except DescriptorError as error:
-        pytest.fail(f"{metafunc.module.__name__}: {error}", pytrace=False)
-    # pytest would make one skipped item of an empty list: pytest_collection_modifyitems takes it away again.
+    with usage_errors():
+        try:
+            items = list(process.items(metafunc.module))
+        except DescriptorError as error:  # of a row: the family is wrong, not the command line
+            pytest.fail(f"{metafunc.module.__name__}: {error}", pytrace=False)
+    parameters = [
+        pytest.param(
+            params,
+            id=f"{params.case}:{params.backend.name}:{params.device.name}",
+            marks=[getattr(pytest.mark, name) for name in marks_of(params)],
+        )
+        for params in items
+    ]
+    # pytest would make one skipped item of an empty list: a placeholder, which pytest_collection_modifyitems removes.
     metafunc.parametrize("check", parameters or [pytest.param(None, id="nothing")], indirect=True)
 
 
@@ -127,7 +142,7 @@ def _is_placeholder(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    placeholders = [i for i in items if _is_placeholder(i)]
+    placeholders = [item for item in items if _is_placeholder(item)]
     if placeholders:
         config.hook.pytest_deselected(items=placeholders)
         items[:] = [item for item in items if item not in placeholders]
@@ -136,15 +151,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 # -- one item ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def check(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """check(): runs this item's case; the verdict is the outcome of the test. check(benchmark): and times it then."""
+    """check() runs the item's case, and its verdict becomes the outcome of the test; check(benchmark) also times it."""
     if not hasattr(request, "param"):
         raise pytest.UsageError(f"{request.node.nodeid}: its module has no FAMILY (see problem/families.py)")
-    harness, asked = request.config.stash[KEY], request.param
-    called = []
+    called = False
 
     def run(benchmark: Any = None) -> None:
-        called.append(True)
-        check_item(harness, asked, request.node, benchmark)
+        nonlocal called
+        called = True
+        check_item(request.config.stash[KEY], request.param, request.node, benchmark)
 
     yield run
     if not called:
@@ -158,6 +173,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    harness = session.config.stash[KEY]
-    if harness.worker:
-        session.config.workeroutput["moe_missed"] = [[*key, n] for key, n in harness.missed.items()]  # type: ignore[attr-defined]
+    process = session.config.stash[KEY]
+    if process.worker:
+        session.config.workeroutput["moe_missed"] = [[*key, n] for key, n in process.missed.items()]  # type: ignore[attr-defined]

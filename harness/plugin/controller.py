@@ -1,7 +1,7 @@
-"""The process that sees every report, whichever process made it: it keeps the verdicts, writes them down, sums them up.
+"""The process that receives every report: it keeps the verdicts, writes the results file, prints the table.
 
-Under pytest-xdist a worker that is about to die cannot report: before each case it leaves a note, a file that holds the
-verdict to record if nothing more is heard of it.
+Under pytest-xdist a dying worker cannot report. Before each case it writes a note, a file with the verdict that the
+controller records if the worker dies.
 """
 
 from __future__ import annotations
@@ -21,36 +21,33 @@ from harness.base.processes import ROOT
 from harness.device import DEVICES
 from harness.plugin.selection import MarkExpression, Selection
 from harness.results import summary
-from harness.results.file import Results, ResultsError, git_commit
+from harness.results.file import Record, Results, git_commit
 from harness.results.floor import read_floor, shortfalls
 
 VERDICT = "moe_verdict"  #: the user property of a report that carries a verdict
 
 
 class Controller:
-    """A pytest plugin of the one process that is not a worker."""
+    """A pytest plugin of the one process that is not a worker. ResultsError: --floor or --results cannot be used."""
 
     def __init__(
         self, config: pytest.Config, selection: Selection, missed: Counter[tuple[str, str, str]], backends: list[str]
     ) -> None:
         self.config, self.option = config, config.option
         self.selection, self.missed = selection, missed
-        self.backends = backends  #: those that were asked for by name, if any
+        self.backends = backends  #: the names of those that --backend selects, if any
         self.started = time.perf_counter()
         self.lost = ""  #: why nothing can run in this process any more
-        self.records: list[dict[str, Any]] = []
+        self.records: list[Record] = []
         self.notes = ""  #: the directory of the workers' notes
         self.shortfalls: list[str] = []
         self.floor: dict[str, dict[str, int]] = {}
         self.results: Results | None = None
         if self.option.collectonly:
             return
-        try:
-            self.floor = read_floor(self.option.floor) if self.option.floor else {}
-            if self.option.results:
-                self.results = Results(self.option.results, git_commit(ROOT))
-        except ResultsError as error:
-            raise pytest.UsageError(str(error)) from error
+        self.floor = read_floor(self.option.floor) if self.option.floor else {}
+        if self.option.results:
+            self.results = Results(self.option.results, git_commit(ROOT))
 
     def close(self) -> None:
         if self.results:
@@ -58,10 +55,11 @@ class Controller:
         if self.notes:
             shutil.rmtree(self.notes)
 
-    def record(self, found: dict[str, Any]) -> None:
-        self.records.append(found)
+    def record(self, record: Record) -> None:
+        """Keep a record, and append it to the results file."""
+        self.records.append(record)
         if self.results:
-            self.results.append(found)
+            self.results.append(record)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
@@ -69,18 +67,18 @@ class Controller:
                 if name == VERDICT:
                     self.record(json.loads(str(value)))
         elif report.when not in ("setup", "teardown"):  # xdist's report of a worker that died
-            for found in self._last_words(report):
-                self.record(found)
+            for record in self._noted(report):
+                self.record(record)
 
-    def _last_words(self, report: pytest.TestReport) -> Iterator[dict[str, Any]]:
-        """The verdict on the case that a worker was running when it died."""
+    def _noted(self, report: pytest.TestReport) -> Iterator[Record]:
+        """The record, from a worker's note, of the case that it was running when it died."""
         for path in Path(self.notes).glob("*.json") if self.notes else ():
             words = json.loads(path.read_text())
             if words["nodeid"] == report.nodeid:
-                found = words["record"]
+                record = words["record"]
                 if "started" in words and time.time() - words["started"] < self.option.case_timeout:
-                    found |= {"status": "crashed", "reason": f"the process died: {report.longrepr}"}
-                yield found
+                    record |= {"status": "crashed", "reason": f"the process died: {report.longrepr}"}
+                yield record
 
     def pytest_runtest_logfinish(self) -> None:
         # Not in the test itself: its report is counted first.
@@ -89,26 +87,27 @@ class Controller:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """xdist is about to start a worker."""
+        """Tell a worker, before xdist starts it, where its note goes."""
         self.notes = self.notes or tempfile.mkdtemp(prefix="moe-harness-")
         node.workerinput["moe_notes"] = self.notes
         send = node.sendcommand
 
         def sendcommand(name: str, **words: object) -> None:
-            """A worker may have died a moment ago: its death arrives as an event, and gives its tests to others.
+            """Send a command to a worker that may have died a moment ago.
 
-            Without this the whole run ends there (pytest-xdist issue 204).
+            Its death arrives later as an event, and its tests go to other workers. Without this the OSError ends the
+            whole run (pytest-xdist issue 204).
             """
             try:
                 send(name, **words)
             except OSError as error:
-                node.log(f"{name} found no reader: {error}")
+                node.log(f"{name}: the worker is dead: {error}")
 
         node.sendcommand = sendcommand
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """An xdist worker has ended. Each collects everything, so each misses the same cases."""
+        """Take the missed cases from a worker that has ended. All workers collect, and miss, the same ones."""
         for *key, n in getattr(node, "workeroutput", {}).get("moe_missed", []):
             self.missed[tuple(key)] = n
 
@@ -143,16 +142,16 @@ class Controller:
                 terminalreporter.write_line(line)
 
     def _selected(self, backends: bool = True) -> str:
-        """What this run was restricted to, or ""; `backends` says whether --backend counts."""
+        """The options that restrict this run, as text, or ""; `backends`: --backend is one of them."""
         option = self.option
         words = set(MarkExpression(option.markexpr).names) - set(DEVICES)
-        found = [f"-m {option.markexpr!r}"] if words else []
-        found += [f"-k {option.keyword!r}"] if option.keyword else []
-        found += ["--lf"] if getattr(option, "lf", False) else []
+        parts = [f"-m {option.markexpr!r}"] if words else []
+        parts += [f"-k {option.keyword!r}"] if option.keyword else []
+        parts += ["--lf"] if getattr(option, "lf", False) else []
         for name in ("backend", "fill") if backends else ("fill",):
-            found += [f"--{name} {value}" for value in getattr(option, name)]
-        found += [f"--seed {option.seed}"] if option.seed is not None else []
-        found += [f"--shard {option.shard}"] if option.shard else []
+            parts += [f"--{name} {value}" for value in getattr(option, name)]
+        parts += [f"--seed {option.seed}"] if option.seed is not None else []
+        parts += [f"--shard {option.shard}"] if option.shard else []
         paths = [arg.partition("[")[0] for arg in self.config.args]
-        found += [arg for arg in paths if "::" in arg or arg.endswith(".py")][:3]
-        return ", ".join(found)
+        parts += [arg for arg in paths if "::" in arg or arg.endswith(".py")][:3]
+        return ", ".join(parts)

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from harness.backend import Backend
 from harness.device import Device
 from harness.plugin.selection import MarkExpression
 from harness.problem import families
 from harness.problem.case import Case
 
 
-# -- the state of a run -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ItemParams:
-    """One item: a case on a backend and a device."""
+    """The parameters of one item: a case on a backend and a device."""
 
     case: Case
     family: str
     device: Device
-    backend: Any
-    spec: str  #: what --backend calls it
+    backend: Backend
+    spec: str  #: the backend's name for --backend
 
 
-def marks_of(asked: ItemParams) -> list[str]:
-    return [asked.device.name, asked.family, asked.case.fill, *(["emulated"] if asked.device.emulated else [])]
+def marks_of(params: ItemParams) -> list[str]:
+    """The names of the item's marks: its device, family and fill, and "emulated" on an emulated device."""
+    marks = [params.device.name, params.family, params.case.fill]
+    return [*marks, "emulated"] if params.device.emulated else marks
 
 
-def may_run(backend: Any, device: Device) -> bool:
-    """An emulated XPU is for kernels that promise its contract: others would only run on the CPU again."""
-    return not device.emulated or getattr(backend, "xpu_contract", False)
+def may_run(backend: Backend, device: Device) -> bool:
+    """Whether the backend has items on the device.
+
+    An emulated XPU is for kernels that promise its contract: others would only run on the CPU again.
+    """
+    return not device.emulated or backend.xpu_contract
 
 
-def times(markexpr: str) -> bool:
-    """Whether this run is one that times: -m names the family of timed cases, and not to leave it out."""
+def is_timing(markexpr: str) -> bool:
+    """Whether -m selects the family of timed cases."""
     expression = MarkExpression(markexpr)
     return families.TIMED in expression.names and expression.can_be_true({families.TIMED: True})

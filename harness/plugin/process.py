@@ -1,4 +1,4 @@
-"""One process's share of a run."""
+"""The state of one process of a run: its devices, its backends, its items, its note to the controller."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from harness import backend as backends
 from harness import device as devices
-from harness.backend import BackendError
+from harness.base.errors import UserError
 from harness.device import Device
 from harness.plugin.controller import Controller
-from harness.plugin.items import ItemParams, marks_of, may_run, times
+from harness.plugin.items import ItemParams, is_timing, marks_of, may_run
 from harness.plugin.selection import MarkExpression, select_devices
 from harness.problem import families
 from harness.problem.case import Case
@@ -27,7 +28,11 @@ from harness.results import known_failures
 
 
 class Process:
-    """One process's share of a run: the controller's, a worker's, or both at once without xdist."""
+    """One process of a run: the controller, a worker of pytest-xdist, or the only process.
+
+    `controller` is None in a worker, `worker` (xdist's workerinput) is None elsewhere. UserError: an option, a backend
+    or a file cannot be used.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -36,111 +41,110 @@ class Process:
         self.selection = select_devices(option.markexpr, option.device, devices.present())
         for name in option.require_device:
             if name not in devices.present():
-                raise pytest.UsageError(f"--require-device {name}: {devices.why_absent(name)}")
-        self.timing = times(option.markexpr)
+                raise UserError(f"--require-device {name}: {devices.why_absent(name)}")
+        self.timing = is_timing(option.markexpr)
         if self.timing and (self.worker or getattr(option, "numprocesses", None)):
-            raise pytest.UsageError(f"-m {option.markexpr!r} with -n: processes on one device would time each other")
+            raise UserError(f"-m {option.markexpr!r} with -n: processes on one device would time each other")
         devices.start({device.name for device in self.selection.devices})
         if self.worker and self.worker["workercount"] > 1:
             torch.set_num_threads(1)  # the workers share the cores: more threads would only wait for each other
-        self.stderr = os.fdopen(os.dup(2), "w")  # pytest's capture has not begun: this one reaches the terminal
+        self.stderr = os.fdopen(os.dup(2), "w")  # before pytest captures file descriptor 2: it reaches the terminal
         #: how many cases a backend could not run on a device, by (backend, device, reason)
         self.missed: Counter[tuple[str, str, str]] = Counter()
         self._backends: list[tuple[str, Any]] = []
-        try:
-            self.ledger = known_failures.read(option.ledger)
-        except known_failures.LedgerError as error:
-            raise pytest.UsageError(str(error)) from error
+        self.known_failures = known_failures.read(option.ledger)
         if option.backend:
             self._require_usable()
         names = [backend.name for _, backend in self._backends]
         self.controller = None if self.worker else Controller(config, self.selection, self.missed, names)
 
     def backends(self) -> list[tuple[str, Any]]:
-        """(spec, backend): loaded when first needed, so that tests without a battery need no kernels."""
-        from harness import backend
-
+        """(spec, backend) of every backend, loaded at the first call: tests that run no case need no kernels."""
         if not self._backends:
-            specs = self.config.option.backend
+            specs = list(dict.fromkeys(self.config.option.backend))
             if any(":" in spec for spec in specs):
                 sys.path.append(str(self.config.invocation_params.dir))  # a kernel author's own directory
-            try:
-                found = backend.select(dict.fromkeys(specs))
-            except BackendError as error:
-                raise pytest.UsageError(str(error)) from error
-            self._backends = list(zip(dict.fromkeys(specs) or [b.name for b in found], found, strict=True))
+            selected = backends.select(specs)
+            self._backends = list(zip(specs or [backend.name for backend in selected], selected, strict=True))
         return self._backends
 
     def _require_usable(self) -> None:
-        """A backend that was asked for by name must run on one device at least."""
+        """UserError if a backend named by --backend can run on none of the devices."""
         for spec, backend in self.backends():
             reasons = {str(device): self.unavailable(backend, device) for device in self.selection.devices}
             if reasons and all(reasons.values()):
-                told = "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
-                raise pytest.UsageError(f"--backend {spec} cannot be used here: {told}")
+                why = "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
+                raise UserError(f"--backend {spec} cannot be used here: {why}")
 
     def unavailable(self, backend: Any, device: Device) -> str | None:
-        from harness.backend import unavailable
-
+        """None, or why the backend cannot run on the device."""
         if not may_run(backend, device):
             return f"device: {backend.name} does not declare xpu_contract, so only a real XPU could run it"
-        return unavailable(backend, device)
+        return backends.unavailable(backend, device)
 
     def items(self, module: Any) -> Iterator[ItemParams]:
-        """The items of a family's module. Those of one case come together: its inputs are drawn once for all."""
-        option = self.config.option
+        """The items of a family's module. Those of one case are neighbours: its inputs are drawn once for all."""
         if module.FAMILY == families.TIMED and not self.timing:
             return
+        option = self.config.option
         expression = MarkExpression(option.markexpr)
-        cases: dict[Case, list[Device]] = {}
-        for device in self.selection.devices:
-            for row in families.rows(module, device.on_cpu):
-                if not option.fill or row.case.fill in option.fill:
-                    case = row.case if option.seed is None else row.case.change(seed=option.seed)
-                    found = cases.setdefault(case, [])
-                    found.append(device) if device not in found else None
         usable = {
             (device, spec): self.unavailable(backend, device)
             for device in self.selection.devices
             for spec, backend in self.backends()
         }
         stage = getattr(module, "STAGE", None)
-        for case, on in cases.items():
+        for case, on in self._cases(module).items():
             for device in on:
                 for spec, backend in self.backends():
-                    if stage and not option.backend and getattr(backend, stage, None) is None:
-                        continue  # a family about a stage is no question to whoever has no such stage
-                    asked = ItemParams(case, module.FAMILY, device, backend, spec)
+                    if stage and not option.backend and getattr(backend, stage) is None:
+                        continue  # the family is about a stage that this backend does not have
+                    params = ItemParams(case, module.FAMILY, device, backend, spec)
                     reason = usable[device, spec]
                     if reason is None:
-                        yield asked
+                        yield params
                     elif option.backend or may_run(backend, device):
-                        marks = set(marks_of(asked))
-                        wanted = expression.can_be_true({name: name in marks for name in expression.names})
-                        self.missed[spec, str(device), reason] += wanted
+                        marks = set(marks_of(params))
+                        selected = expression.can_be_true({name: name in marks for name in expression.names})
+                        self.missed[spec, str(device), reason] += selected
+
+    def _cases(self, module: Any) -> dict[Case, list[Device]]:
+        """The cases of a family that --fill and --seed leave, each with its devices."""
+        option = self.config.option
+        cases: dict[Case, list[Device]] = {}
+        for device in self.selection.devices:
+            for row in families.rows(module, device.on_cpu):
+                if option.fill and row.case.fill not in option.fill:
+                    continue
+                case = row.case if option.seed is None else row.case.change(seed=option.seed)
+                on = cases.setdefault(case, [])
+                if device not in on:
+                    on.append(device)
+        return cases
 
     def note(self, **words: Any) -> None:
-        """A worker: what the controller should know if nothing more is heard of it."""
+        """Write a worker's note: what the controller records if the worker dies before it reports."""
         if self.worker:
             path = Path(self.worker["moe_notes"]) / f"{self.worker['workerid']}.json"
             draft = path.with_suffix(f".{threading.get_ident()}")  # the watchdog's thread may write too
             draft.write_text(json.dumps(words))
             draft.replace(path)  # whole or not at all: another worker's death makes the controller read every note
 
-    def end_process(self, found: dict[str, Any]) -> NoReturn:
-        """The verdict after which this process cannot go on: recorded, said, and out, whatever else is stuck."""
-        self.note(nodeid=found["nodeid"], record=found)
-        told = f"\n{found['status']}: {found['reason']}\n{found['reproduce']}\n"
+    def end_process(self, record: dict[str, Any]) -> NoReturn:
+        """Record and print a verdict after which this process cannot go on, and exit, whatever else is stuck."""
+        self.note(nodeid=record["nodeid"], record=record)
+        text = f"\n{record['status']}: {record['reason']}\n{record['reproduce']}\n"
         if self.controller:
-            self.controller.record(found)
-            told += "This ended the whole run; with pytest-xdist, -n 1 goes on in a new process.\n"
-        self.stderr.write(told)
+            self.controller.record(record)
+            text += "This ended the whole run; with pytest-xdist, -n 1 goes on in a new process.\n"
+        self.stderr.write(text)
         self.stderr.flush()
         os._exit(1)
 
 
 @cache
 def environment(device: Device) -> dict[str, str]:
+    """The device's versions and names, for the records: the same all through a process."""
     return devices.environment(device)
 
 

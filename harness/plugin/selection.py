@@ -1,6 +1,6 @@
-"""Which devices a run is on: those of this machine for which -m can be true and that --device admits.
+"""The devices of a run: those of this machine for which -m can be true and that --device admits.
 
-This must be known before there are items, since a process is prepared either for Triton's interpreter or for a GPU.
+They must be known before there are items: a process is prepared either for Triton's interpreter or for a GPU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
+# A private module: pytest exports no parser of -m, and evaluates it on items only. A parser of our own could disagree
+# with pytest's. tests/plugin/test_plugin.py fails if the two methods that are used here change.
 from _pytest.mark.expression import Expression
 
 from harness import device as devices
@@ -22,14 +25,18 @@ EMULATED = (
 
 @dataclass(frozen=True)
 class Selection:
-    """The devices to run on, and one line for each that was asked for by name and is not here."""
+    """The devices to run on, and one line for each that is selected by name and absent."""
 
     devices: tuple[Device, ...]
     remarks: tuple[str, ...] = ()
 
 
 def select_devices(markexpr: str, named: list[str], present: tuple[str, ...]) -> Selection:
-    """Devices of this machine for which -m can be true and that --device admits; an absent XPU is emulated."""
+    """The devices of this machine for which -m can be true and that --device admits; an absent XPU is emulated.
+
+    markexpr: the value of -m; named: the values of --device; present: the names of this machine's devices.
+    pytest.UsageError: markexpr is not an expression.
+    """
     expression = MarkExpression(markexpr)
     chosen, remarks = [], []
     for name in DEVICES:
@@ -47,12 +54,12 @@ def select_devices(markexpr: str, named: list[str], present: tuple[str, ...]) ->
 
 
 class MarkExpression:
-    """What -m says, as far as it can be known before there are items."""
+    """The expression of -m, with names whose value is not known yet."""
 
     def __init__(self, text: str) -> None:
         try:
             self._expression = Expression.compile(text) if text else None
-        except Exception as error:  # a SyntaxError, or what pytest 8 has instead
+        except Exception as error:  # a SyntaxError, or pytest 8's own class
             raise pytest.UsageError(f"-m {text!r}: {error}") from error
         self.names: set[str] = set()
         self._can_be_true({}, self.names)
@@ -74,9 +81,9 @@ class MarkExpression:
         try:
             return self._expression.evaluate(value)
         except _Unknown as unknown:
-            # Both values are tried, also if the first will do: `seen` is then every name that matters.
-            tried = [self._can_be_true({**known, unknown.name: v}, seen) for v in (True, False)]
-            return any(tried)
+            # Both values are tried, even if the first is enough: `seen` is then every name that matters.
+            results = [self._can_be_true({**known, unknown.name: v}, seen) for v in (True, False)]
+            return any(results)
 
 
 class _Unknown(Exception):

@@ -17,57 +17,63 @@ from harness.plugin.controller import VERDICT
 from harness.plugin.items import ItemParams
 from harness.plugin.process import Process, environment
 from harness.results import known_failures
+from harness.results.known_failures import KnownFailure
 from harness.results.verdict import ENDS, Verdict
 from harness.run.case import run_case
 from harness.run.isolated import IsolatedRunner
 
 
-def _verdict(asked: ItemParams, known: list[known_failures.KnownFailure], benchmark: Any) -> Verdict:
+def _verdict(params: ItemParams, known: list[KnownFailure], benchmark: Any) -> Verdict:
     if benchmark is not None:
-        return judged(asked, benchmark)
+        return judged(params, benchmark)
     if any(entry.status in ENDS for entry in known):
-        with IsolatedRunner(asked.spec, asked.device, forks=False) as apart:  # or what is known would end this process
-            return replace(apart.run(asked.case), family=asked.family, backend=asked.backend.name)
-    return run_case(asked.case, asked.backend, asked.device, family=asked.family)
+        with IsolatedRunner(params.spec, params.device, forks=False) as runner:  # the known failure would end ours
+            return replace(runner.run(params.case), family=params.family, backend=params.backend.name)
+    return run_case(params.case, params.backend, params.device, family=params.family)
 
 
-def check_item(harness: Process, asked: ItemParams, item: pytest.Item, benchmark: Any) -> None:
-    def found(verdict: Verdict) -> dict[str, Any]:
-        verdict.spec = asked.spec
-        return verdict.record() | {"environment": environment(asked.device), "nodeid": item.nodeid}
+def check_item(process: Process, params: ItemParams, node: pytest.Item, benchmark: Any) -> None:
+    """Run one item: its verdict goes into the report's user_properties, and becomes the outcome of the test.
 
-    blank = Verdict(str(asked.case), asked.backend.name, str(asked.device), "hung", asked.family)
-    seconds = harness.config.option.case_timeout
-    hung = found(replace(blank, reason=f"no answer in {seconds:g} s (--case-timeout)", seconds=seconds))
-    harness.note(nodeid=item.nodeid, started=time.time(), record=hung)
+    benchmark: pytest-benchmark's fixture, or None; with it, a case that passes is timed as well.
+    """
+
+    def record_of(verdict: Verdict) -> dict[str, Any]:
+        verdict.spec = params.spec
+        return verdict.record() | {"environment": environment(params.device), "nodeid": node.nodeid}
+
+    blank = Verdict(str(params.case), params.backend.name, str(params.device), "hung", params.family)
+    seconds = process.config.option.case_timeout
+    hung = record_of(replace(blank, reason=f"no answer in {seconds:g} s (--case-timeout)", seconds=seconds))
+    process.note(nodeid=node.nodeid, started=time.time(), record=hung)
     lost = ""
-    known = known_failures.covering(harness.ledger, asked.case, asked.backend.name, str(asked.device))
-    with time_limit(seconds, lambda: harness.end_process(hung), harness.stderr):
+    known = known_failures.covering(process.known_failures, params.case, params.backend.name, str(params.device))
+    with time_limit(seconds, lambda: process.end_process(hung), process.stderr):
         try:
-            verdict = _verdict(asked, known, benchmark)
+            verdict = _verdict(params, known, benchmark)
             if verdict.status in ("failed", "crashed"):
-                asked.device.synchronize()  # was it this case's answer, or has the device been lost?
+                params.device.synchronize()  # raises DeviceLost if the failure took the device with it
             verdict = known_failures.judged(verdict, known)
         except BackendError as error:
             verdict = replace(blank, status="crashed", reason=str(error))
         except DeviceLost as error:
             lost = str(error)
             verdict = replace(blank, status="crashed", reason=lost)
-    record = found(verdict)
+    record = record_of(verdict)
     if lost:
-        if not harness.controller:
-            harness.end_process(record)
-        harness.controller.lost = (
-            f"{lost}. No result after {asked.case} would mean anything in this process; "
+        if not process.controller:
+            process.end_process(record)
+        process.controller.lost = (
+            f"{lost}. No result after {params.case} would mean anything in this process; "
             "with pytest-xdist, -n 1 goes on in a new one."
         )
-    item.user_properties.append((VERDICT, json.dumps(record, default=str)))
+    node.user_properties.append((VERDICT, json.dumps(record, default=str)))
     if verdict.status == "unsupported":
         pytest.skip(verdict.reason)
     elif verdict.status == "known":
         pytest.xfail(verdict.known)
     elif not verdict.green:
-        told = [verdict.report.rstrip() or verdict.reason]
-        if not told[0].endswith(record["reproduce"]):
-            told.append(record["reproduce"])
-        pytest.fail("\n".join(told), pytrace=False)
+        text = verdict.report.rstrip() or verdict.reason
+        if not text.endswith(record["reproduce"]):
+            text += "\n" + record["reproduce"]
+        pytest.fail(text, pytrace=False)

@@ -1,7 +1,7 @@
-"""The results file: JSON Lines, one record a verdict, appended and flushed at once; and the floor made from it.
+"""The results file: JSON Lines, one record for each verdict, appended and flushed at once.
 
-A run that dies leaves every record that it had written. Files are only ever appended to, so one file may hold several
-runs: each record carries its run's name.
+A run that dies leaves all records that it has written. A file is only ever appended to, so it may hold several runs:
+each record carries the name of its run.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2  #: of a record, as it is written now
-READABLE = (1, 2)  #: 1: without "perf"; the first of 2 without "cause" and "stage"
+from harness.base.errors import UserError
 
-Records = list[dict[str, Any]]
+SCHEMA = 2  #: of new records
+READABLE = (1, 2)  #: 1 lacks "perf"; early records of 2 lack "cause" and "stage"
+
+Record = dict[str, Any]
+Records = list[Record]
 
 
-class ResultsError(Exception):
+class ResultsError(UserError):
     """A results or floor file that cannot be used; the message names the file, the place and what is valid."""
 
 
 class Results:
-    """A results file that is open for appending."""
+    """A results file, open for appending. ResultsError: it cannot be written."""
 
     def __init__(self, path: Path, commit: str) -> None:
         self.path = path
@@ -34,12 +37,13 @@ class Results:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", encoding="utf-8")
             if _lacks_newline(path):
-                # The last run was cut off in the middle of a line: its remains must not spoil our first record.
+                # The last run died in the middle of a line: our first record must not continue it.
                 self._file.write("\n")
         except OSError as error:
             raise ResultsError(f"--results {path}: {error.strerror}") from error
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
+        """Write a record, with the run's name, the commit, the time, and the row and shard of CI."""
         # One write of one whole line, flushed: whatever happens next, the file holds whole records.
         self._file.write(json.dumps({**self.common, "time": now(), **record}, default=str) + "\n")
         self._file.flush()
@@ -49,7 +53,10 @@ class Results:
 
 
 def read_results(path: Path) -> tuple[Records, list[str]]:
-    """The records of a results file, and remarks about lines that had to be left out: those that a crash cut."""
+    """The records of a results file, and remarks about the lines that are left out: those cut off by a crash.
+
+    ResultsError: the file cannot be read, or holds a record of another schema.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -73,16 +80,17 @@ def read_results(path: Path) -> tuple[Records, list[str]]:
 def git_commit(directory: Path) -> str:
     """The git commit of a checkout, with "+changes" if its files differ from it; "unknown" without git."""
     try:
-        found = [
+        commit, changes = [
             subprocess.run(["git", *command], cwd=directory, capture_output=True, text=True, check=True).stdout.strip()
             for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         ]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found[0] + ("+changes" if found[1] else "")
+    return commit + ("+changes" if changes else "")
 
 
 def now() -> str:
+    """The time as records have it: 2026-11-30T21:33:18+0000."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 

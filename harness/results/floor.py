@@ -1,4 +1,4 @@
-"""The floor: the least number of verdicts that a whole run executes."""
+"""The floor: the least number of verdicts that a whole run executes, by device and backend (cases/floor.toml)."""
 
 from __future__ import annotations
 
@@ -6,42 +6,40 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from harness.base import toml
-from harness.results.file import Records, ResultsError
+from harness.results.file import Record, Records, ResultsError
 from harness.results.verdict import NOT_EXECUTED
 
 UPDATE = "if that is right, print a new floor with: python3 -m harness floor RESULTS"
 
 
-# -- the floor: the least number of verdicts that a whole run executes ------------------------------------------------
 def section(device: str) -> str:
-    """A device's name in a floor file: "xpu (emulated)" is no bare TOML key."""
+    """A device's name in a floor file: "xpu-emulated" for "xpu (emulated)", which is not a bare TOML key."""
     return device.replace(" (emulated)", "-emulated")
 
 
-def executed(records: Iterable[dict[str, Any]]) -> Counter[tuple[str, str]]:
-    """How many verdicts each (section, backend) executed: anything but unsupported."""
+def executed(records: Iterable[Record]) -> Counter[tuple[str, str]]:
+    """{(section, backend): executed verdicts}; all but the unsupported ones were executed."""
     return Counter((section(r["device"]), r["backend"]) for r in records if r["status"] not in NOT_EXECUTED)
 
 
 def read_floor(path: Path) -> dict[str, dict[str, int]]:
-    """{section: {backend: least number}} of a floor file."""
-    found = toml.read(path, ResultsError, f"--floor {path}")
-    for device, numbers in found.items():
+    """{section: {backend: least number}} of a floor file. ResultsError: it cannot be used."""
+    floor = toml.read(path, ResultsError, f"--floor {path}")
+    for device, numbers in floor.items():
         if not isinstance(numbers, dict):
             raise ResultsError(f"--floor {path}: {device}={numbers!r}: must be a table, [{device}]")
         for backend, number in numbers.items():
             if type(number) is not int or number < 0:
                 raise ResultsError(f"--floor {path}: [{device}] {backend}={number!r}: must be a count, 0 or more")
-    return found
+    return floor
 
 
 def shortfalls(
     floor: dict[str, dict[str, int]], records: Records, devices: Iterable[str], backends: Iterable[str] = ()
 ) -> list[str]:
-    """One line for every backend that executed less than the floor, on the devices (and backends) of this run."""
+    """One line for every backend below the floor, on these devices; of these backends, or of all."""
     ran, only = executed(records), set(backends)
     return [
         f"floor: {backend} on {device} executed {ran[device, backend]} verdicts, at least {number} are due; {UPDATE}"

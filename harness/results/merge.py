@@ -1,7 +1,7 @@
-"""Results files of any number of runs and machines, merged: every record that can be read, and what was left out.
+"""Merge results files of any number of runs and machines.
 
-Nothing is dropped in silence: a line that a crash cut, a record that is there twice, another version's record: each
-kind is one remark with its count.
+Nothing is dropped silently: lines cut off by a crash, records that occur twice and records of other versions give one
+remark of each kind, with a count.
 """
 
 from __future__ import annotations
@@ -14,47 +14,48 @@ from pathlib import Path
 from typing import Any
 
 from harness.base.text import number
-from harness.results.file import SCHEMA, ResultsError
+from harness.results.file import SCHEMA, Record, ResultsError
 from harness.results.verdict import GREEN, STATUSES
 
-Record = dict[str, Any]
-START = '{"schema":'  #: how results/file.py begins every line
+START = '{"schema":'  #: of every line that results/file.py writes
 ABOUT = ("run", "row", "device", "family", "backend", "case")
 NEEDED = ("case", "backend", "device", "status")
-#: Fields that many records share: kept once in memory.
+#: Fields whose values many records share: each value is kept once in memory.
 SHARED = ("environment", "trace", "ceilings", "clocks")
 
 
 def merge(paths: Iterable[str | Path]) -> tuple[list[Record], list[str]]:
-    """All records of these files, directories (every *.jsonl below) and patterns, in the order in which they were
-    written; and remarks. ResultsError if a path leads nowhere, or to a file that is no results file."""
-    reader, found = _Reader(), _Found()
+    """The records of these files, directories (every *.jsonl below) and patterns, by time; and remarks.
+
+    ResultsError: a path matches no file, or a file that is not a results file.
+    """
+    reader, merged = _Reader(), _Merged()
     for path in files(paths):
         for record in reader.records(path):
-            found.add(record)
-    records = sorted(found.records.values(), key=lambda record: str(record.get("time", "")))
-    return records, reader.remarks() + found.remarks()
+            merged.add(record)
+    records = sorted(merged.records.values(), key=lambda record: str(record.get("time", "")))
+    return records, reader.remarks() + merged.remarks()
 
 
 def files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files that these paths, directories and patterns stand for, each once."""
-    found: dict[Path, Path] = {}
-    for given in map(str, paths):
-        path = Path(given)
+    """The files of these paths, directories and patterns, each once. ResultsError: one of them matches no file."""
+    every: dict[Path, Path] = {}
+    for text in map(str, paths):
+        path = Path(text)
         if path.is_dir():
             here = sorted(path.rglob("*.jsonl"))
             valid = "a directory must have *.jsonl files below it"
         else:
-            here = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(given, recursive=True))]
+            here = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(text, recursive=True))]
             valid = "no such file, directory, or file of this pattern"
         if not here:
-            raise ResultsError(f"{given}: {valid}")
-        found |= {file.resolve(): file for file in here}
-    return list(found.values())
+            raise ResultsError(f"{text}: {valid}")
+        every |= {file.resolve(): file for file in here}
+    return list(every.values())
 
 
 class _Reader:
-    """Reads files line by line, and counts what it could not use."""
+    """Reads files line by line, and counts the lines that it cannot use."""
 
     def __init__(self) -> None:
         self.cut: list[str] = []
@@ -86,7 +87,7 @@ class _Reader:
     def _record(self, line: str, place: str) -> Record | None:
         record = _parsed(line)
         if record is None:
-            # Where files were joined, the remains of a cut line may stand before a whole one.
+            # In joined files, the remains of a cut line may precede a whole record on its line.
             self.cut.append(place)
             record = _parsed(line[line.rfind(START) :]) if line.rfind(START) > 0 else None
             if record is None:
@@ -103,7 +104,7 @@ class _Reader:
         return self._shared(record)
 
     def _shared(self, record: Record) -> Record:
-        """The same record, of strings and small tables that other records hold too."""
+        """The same record, with strings and small tables that it shares with other records."""
         for name in SHARED:
             if isinstance(record.get(name), dict):
                 record[name] = self.pool.setdefault((name, json.dumps(record[name])), record[name])
@@ -111,22 +112,22 @@ class _Reader:
         return {keep(k, k): keep(v, v) if type(v) is str and k != "nodeid" else v for k, v in record.items()}
 
     def remarks(self) -> list[str]:
-        found = [f"{path}: holds no records: a run that ended before its first verdict?" for path in self.empty]
+        lines = [f"{path}: holds no records: a run that ended before its first verdict?" for path in self.empty]
         if self.cut:
-            found.append(f"{number(len(self.cut), 'line')} cut off by a crash, left out: {_few(self.cut)}")
+            lines.append(f"{number(len(self.cut), 'line')} cut off by a crash, left out: {_few(self.cut)}")
         for schema, n in sorted(self.older.items()):
-            found.append(f"{number(n, 'record')} of an older version (schema {schema}): read, without what is new")
+            lines.append(f"{number(n, 'record')} of an older version (schema {schema}): read, without what is new")
         for name, n in sorted(self.unknown.items()):
             known = f"this version reads 1 to {SCHEMA}"
-            found.append(f"{number(n, 'record')} of an unknown version (schema {name}), left out: {known}")
+            lines.append(f"{number(n, 'record')} of an unknown version (schema {name}), left out: {known}")
         if self.incomplete:
             places = _few(self.incomplete)
-            found.append(f"{number(len(self.incomplete), 'record')} without {', '.join(NEEDED)}, left out: {places}")
-        return found
+            lines.append(f"{number(len(self.incomplete), 'record')} without {', '.join(NEEDED)}, left out: {places}")
+        return lines
 
 
-class _Found:
-    """The records by what they are about: a run asks each case once."""
+class _Merged:
+    """The records by their identity: a run has one record of each case, backend and device."""
 
     def __init__(self) -> None:
         self.records: dict[tuple[str, ...], Record] = {}
@@ -143,24 +144,24 @@ class _Found:
             return
         self.other += 1
         self.example = self.example or f"{record['case']} on {record['backend']}"
-        # Written later wins; but a red verdict is never hidden by a repetition that was green.
+        # The later record wins, but a green repetition never hides a red verdict.
         if known["status"] in GREEN or record["status"] not in GREEN:
             self.records[key] = record
 
     def remarks(self) -> list[str]:
-        found = []
+        lines = []
         if self.same:
-            found.append(f"{number(self.same, 'record')} there a second time, counted once")
+            lines.append(f"{number(self.same, 'record')} there a second time, counted once")
         if self.other:
             kept = "the red one counts, else the later"
-            found.append(f"{number(self.other, 'record')} written again by the same run, {kept}: {self.example}")
-        return found
+            lines.append(f"{number(self.other, 'record')} written again by the same run, {kept}: {self.example}")
+        return lines
 
 
 def identity(record: Record) -> tuple[str, ...]:
-    """What makes two records the same question of the same run: the case (its seed included), the backend, the place.
+    """Equal for two records of one case (its seed included) on one backend and device in one run.
 
-    The name of a run is a time and a process id, which two machines may share: so the environment counts.
+    The environment counts: the name of a run is a time and a process id, which two machines may share.
     """
     environment = record.get("environment") or {}
     where = [environment.get(name, "") for name in ("host", "device_name", "python", "torch", "triton")]

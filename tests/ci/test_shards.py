@@ -61,11 +61,11 @@ def test_a_small_file_holds_what_matters(tmp_path):
         "cpu": {"layers": {"triton": 0.5, "eager": 0.25}},
         "xpu-emulated": {"layers": {"triton": 4.0}},
     }
-    assert found.of("cpu", "layers", "triton", "t9-h64") == 9.0
-    assert found.of("cpu", "layers", "triton", "t77-h64") == 0.5  # never seen: as its family and backend
-    assert found.of("cpu", "errors", "mine", "t1-h64") == 0.375  # nor these: as its device
-    assert found.of("xpu (emulated)", "layers", "triton", "t9-h64") == 4.0
-    assert found.of("cuda", "layers", "triton", "t9-h64") == durations.UNKNOWN
+    assert found.expected("cpu", "layers", "triton", "t9-h64") == 9.0
+    assert found.expected("cpu", "layers", "triton", "t77-h64") == 0.5  # never seen: as its family and backend
+    assert found.expected("cpu", "errors", "mine", "t1-h64") == 0.375  # nor these: as its device
+    assert found.expected("xpu (emulated)", "layers", "triton", "t9-h64") == 4.0
+    assert found.expected("cuda", "layers", "triton", "t9-h64") == durations.UNKNOWN
 
 
 def test_a_results_file_is_known_item_by_item(tmp_path):
@@ -74,8 +74,8 @@ def test_a_results_file_is_known_item_by_item(tmp_path):
     path.write_text("".join(json.dumps({"schema": 1, **r}) + "\n" for r in RECORDS + again))
     found = durations.read(path)
     assert found == recorded(RECORDS + again)
-    assert found.of("cpu", "layers", "triton", "t9-h64") == 10.0  # the mean of its runs
-    assert found.of("cpu", "layers", "triton", "t3-h64") == 0.5
+    assert found.expected("cpu", "layers", "triton", "t9-h64") == 10.0  # the mean of its runs
+    assert found.expected("cpu", "layers", "triton", "t3-h64") == 0.5
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_committed_durations_balance_the_rows_of_the_matrix():
                     continue  # it shows no stages
                 assert backend in past.means[row.device][module.FAMILY], (row.name, module.FAMILY, backend)
                 for found in families.rows(module, on.on_cpu):
-                    seconds = past.of(str(on), module.FAMILY, backend, str(found.case))
+                    seconds = past.expected(str(on), module.FAMILY, backend, str(found.case))
                     weights[str(found.case)] = weights.get(str(found.case), 0) + seconds
         shard = split(weights, row.shards)
         loads = [sum(w for case, w in weights.items() if shard[case] == i) for i in set(shard.values())]
@@ -215,4 +215,4 @@ def test_records_say_which_row_and_shard_made_them(run, pytester, monkeypatch):
 
 
 def test_unknown_items_weigh_the_same():
-    assert Durations().of("cpu", "layers", "triton", "t1") == durations.UNKNOWN
+    assert Durations().expected("cpu", "layers", "triton", "t1") == durations.UNKNOWN

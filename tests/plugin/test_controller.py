@@ -25,9 +25,9 @@ def command(error):
 
 
 def test_a_command_to_a_dead_worker():
-    """xdist may give a worker work before it has heard of its death."""
+    """xdist may give a worker work before it knows of its death."""
     log = command(OSError("cannot send (already closed?)"))
-    assert log == ["steal found no reader: cannot send (already closed?)"]
+    assert log == ["steal: the worker is dead: cannot send (already closed?)"]
 
 
 def test_a_command_that_is_wrong():

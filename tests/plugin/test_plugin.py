@@ -213,7 +213,7 @@ def test_verdicts_become_outcomes_records_and_a_table(battery):
     result.stdout.fnmatch_lines(
         [
             "mine@cpu   1/2/1/1 3.25",
-            "  quant 1  mine@cpu: not mine",
+            "  quant  1  mine@cpu: not mine",
             "  1  nearly all zero",
             f"     such as mine@cpu {row(4)}",
             "  failed: mine@cpu: off by one",

@@ -142,8 +142,8 @@ triton-cached@xpu-emulated              -       0/1/0/0 -
 A cell: passed/failed+crashed+hung/mistrusted/unsupported, largest share of the error budget (above 1 fails).
 
 Not run because the backend declares that it does not support the case:
-  quant    4  mostly torch-grouped-mm@cpu: bf16 only
-  scenario 1  torch-grouped-mm@cpu: keeps nothing
+  quant     4  mostly torch-grouped-mm@cpu: bf16 only
+  scenario  1  torch-grouped-mm@cpu: keeps nothing
 
 Backends that cannot run here:
   eager@cpu missed 40 cases: package: transformers is not installed

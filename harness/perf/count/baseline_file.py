@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.base import toml
+from harness.base.errors import UserError
 from harness.perf.count.compiled import Compiled
 from harness.perf.metrics import STRUCTURE
 
@@ -28,7 +29,7 @@ _KEYS = {"why", "needs", "numbers", "launched", "allocated", "operators", "copie
 _FUNCTIONS = ": "  # between a module and its functions
 
 
-class BaselineError(Exception):
+class BaselineError(UserError):
     """A baseline that cannot be read; the message names the file, the place and what would be valid."""
 
 
