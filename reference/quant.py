@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from reference.formats import decode, encode, require_float64, round_to, ulp
-from reference.scheme import ACTIVATIONS, WEIGHTS, Granularity, Scheme, activation_scheme
+from reference.scheme import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, Granularity, Scheme, activation_scheme
 
 #: Unit roundoff of float32: kernels divide by scales, or multiply by their reciprocals, in float32.
 U32 = 2.0**-24
@@ -167,4 +167,4 @@ BLOCK = 128
 
 
 def _by_name(g):
-    return {**WEIGHTS, **ACTIVATIONS}[g] if isinstance(g, str) else g
+    return {**WEIGHT_GRANULARITIES, **ACTIVATION_GRANULARITIES}[g] if isinstance(g, str) else g

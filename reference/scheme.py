@@ -120,12 +120,12 @@ FORMATS = {
     )
 }
 #: The granularities of weights [N, K] and of activations [M, K] by their names in descriptors.
-WEIGHTS = {
+WEIGHT_GRANULARITIES = {
     "tensor": Granularity(None, None),
     "channel": Granularity(1, None),
     "block": Granularity(128, 128),
 }
-ACTIVATIONS = {
+ACTIVATION_GRANULARITIES = {
     "static": Granularity(None, None, static=True),
     "tensor": Granularity(None, None),
     "token": Granularity(1, None),
@@ -135,13 +135,13 @@ ACTIVATIONS = {
 
 def weight_scheme(format: str, granularity: str) -> Scheme:
     """The scheme of quantized weights. ValueError for an unknown name."""
-    return Scheme(_named("format", format, code_formats()), _named("granularity", granularity, WEIGHTS))
+    return Scheme(_named("format", format, code_formats()), _named("granularity", granularity, WEIGHT_GRANULARITIES))
 
 
 def activation_scheme(granularity: str, weights: str = "e4m3") -> Scheme:
     """The scheme of activations that are quantized beside weights of a format. ValueError for an unknown name."""
     codes = FORMATS[_named("format", weights, code_formats()).activations]
-    return Scheme(codes, _named("granularity", granularity, ACTIVATIONS))
+    return Scheme(codes, _named("granularity", granularity, ACTIVATION_GRANULARITIES))
 
 
 def code_formats() -> dict[str, Format]:
@@ -157,7 +157,10 @@ def register_format(format: Format) -> None:
 
 def register_granularity(name: str, granularity: Granularity, of: str) -> None:
     """Make a granularity of "weights" or "activations" known by its name. ValueError if there is another one."""
-    tables: Mapping[str, dict[str, Granularity]] = {"weights": WEIGHTS, "activations": ACTIVATIONS}
+    tables: Mapping[str, dict[str, Granularity]] = {
+        "weights": WEIGHT_GRANULARITIES,
+        "activations": ACTIVATION_GRANULARITIES,
+    }
     table = _named("of", of, tables)
     if table.setdefault(name, granularity) != granularity:
         raise ValueError(f"granularity {name!r} of {of}: there is another one of that name")
@@ -170,9 +173,14 @@ def power_of_two_above(value: float) -> float:
 
 
 def common_scale(values: Sequence[float], format: Format) -> float | None:
-    """The smallest power of two by which all of these values divided are values of the format; None if there is none."""
+    """The smallest power of two that makes values of the format of all these by division; None if there is none."""
     scale = power_of_two_above(max(map(abs, values)) / format.max)
     return scale if all(format.holds(value / scale) for value in values) else None
+
+
+def itemsize(format: str) -> int:
+    """Bytes of one value of a format as it is stored."""
+    return ITEMSIZE[FORMATS[format].storage]
 
 
 def _named(field: str, name: str, table: Mapping[str, T]) -> T:

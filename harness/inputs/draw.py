@@ -18,16 +18,16 @@ from torch import Tensor
 
 from harness.backend import Layer
 from harness.inputs import exact_fill
-from harness.problem.case import BLOCK, Case, Problem
+from harness.inputs.reshape import padded_rows
+from harness.problem.case import Case, Problem
+from harness.problem.exactness import OFF, pair_weight
 from harness.trace import fence
+from reference.formats import FORMATS, encode, round_to, torch_dtype
+from reference.quant import block_amax, expand_scale
+from reference.scheme import Format, Scheme
 
-TORCH_DTYPE = {
-    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
-    "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2,
-}  # fmt: skip
 CPU = torch.device("cpu")
 SIGMA = 1.5  #: standard deviation of GEMM 1's output under the random fill: where silu, gelu and their swap differ
-CODE_SIGMA = 48.0  #: spread of random fp8 codes: all of the format's normal range is used
 
 
 @dataclass
@@ -65,12 +65,9 @@ def draw(case: Case, device: torch.device = CPU) -> Inputs:
         topk_weights = torch.rand(problem.tokens, problem.top_k, generator=rng, device=device) * 0.75 + 0.25
         if case.fill == "extreme":
             x = _extreme_rows(problem, x)
-    x = x.to(TORCH_DTYPE[problem.dtype])
+    x = x.to(torch_dtype(problem.dtype))
     if problem.padded:
-        # Rows further apart than they are long, the gap full of NaN: what an engine's sliced buffers look like.
-        room = torch.full((problem.tokens, problem.hidden_size + 64), math.nan, dtype=x.dtype, device=device)
-        room[:, : problem.hidden_size] = x
-        x = room[:, : problem.hidden_size]
+        x = padded_rows(x)
     return Inputs(
         case, fence.keep(x), fence.keep(topk_weights), fence.keep(topk_ids), replace(layer, problem=problem),
         replace(handed, problem=problem),
@@ -91,16 +88,17 @@ def _extreme_rows(problem: Problem, x: Tensor) -> Tensor:
     """Rows at the edges of the format, in turn: as drawn, NaN in the first column (which whoever reads past the end of
     the row before meets), large, zero, tiny, one outlier, a common sign, NaN in the last column."""
     kind = torch.arange(len(x), device=x.device) % 9
+    over_rows = problem.quant is not None and problem.quant.over_rows
     tiny = 2.0**-9 if problem.dtype == "fp16" else 2.0**-20
     x[kind == 2] *= 12
     x[kind == 3] = 0
     x[kind == 4] *= tiny
     x[kind == 5, problem.hidden_size // 2] = 96
     x[kind == 6] += 2
-    if problem.dtype != "fp16" and not (problem.quant and problem.quant.activation == "tensor"):
+    if problem.dtype != "fp16" and not over_rows:
         x[kind == 8] *= 2.0**24  # infinite for whoever has float16 on the way
     # One NaN would make a dynamic scale over all rows NaN: what then happens to the others is nobody's contract.
-    if not (problem.quant and problem.quant.activation == "tensor"):
+    if not over_rows:
         x[kind == 1, 0] = math.nan
         x[kind == 7, problem.hidden_size - 1] = math.nan
     return x
@@ -161,15 +159,16 @@ def _layers(problem: Problem, fill: str, seed: int, device_name: str) -> tuple[L
 
 
 def _layer(problem: Problem, fill: str, seed: int, rng: torch.Generator) -> Layer:
-    device, quant, io = rng.device, problem.quant, TORCH_DTYPE[problem.dtype]
+    device, quant, io = rng.device, problem.quant, torch_dtype(problem.dtype)
+    scheme = quant.weights if quant else None
     experts = problem.local_experts + problem.shared_experts
     shapes = {
         "w13": (problem.w13_rows, problem.hidden_size),
         "w2": (problem.hidden_size, problem.intermediate_size),
     }
-    stored = TORCH_DTYPE[quant.weight_format] if quant else io
+    stored = torch_dtype(scheme.codes) if scheme else io
     weights = {name: fence.empty(experts, *shape, dtype=stored, device=device) for name, shape in shapes.items()}
-    scales = {n: fence.keep(_scales(problem, fill, experts, s, rng)) for n, s in shapes.items()} if quant else {}
+    scales = {n: fence.keep(_scales(problem, fill, experts, s, rng)) for n, s in shapes.items()} if scheme else {}
     biases = {name: fence.empty(experts, s[0], dtype=io, device=device).zero_() for name, s in shapes.items()}
     s = exact_fill.sign_patterns(problem, seed, device) if fill == "exact" else None
     for e in range(experts):
@@ -180,21 +179,26 @@ def _layer(problem: Problem, fill: str, seed: int, rng: torch.Generator) -> Laye
                 biases["w13"][e] = torch.where(_forced(problem, values["w13"], s), 0, bias[0]).to(io)
                 biases["w2"][e] = bias[1].to(io)
             for name, value in values.items():
-                scale = _expand(scales[name][e], quant.weight, value.shape) if quant else 1.0
-                weights[name][e] = (value / scale).to(stored)
+                if scheme:
+                    scales[name][e] = _fitted(scales[name][e], value, scheme)
+                    ratio = value / expand_scale(scales[name][e], scheme.granularity, value.shape)
+                    weights[name][e] = _codes(ratio, scheme.codes)
+                else:
+                    weights[name][e] = value.to(stored)
         else:
             for name, shape in shapes.items():
                 value = torch.randn(shape, generator=rng, device=device)
-                spread = CODE_SIGMA if quant else (SIGMA if name == "w13" else 1.0) / math.sqrt(shape[1])
+                spread = _real_sigma(name == "w13", shape[1]) if scheme is None else scheme.codes.sigma_drawn
                 value = value * spread
                 if fill == "extreme" and name == "w2":
-                    _extreme_outputs(value, spread, stored)
-                weights[name][e] = (value.clamp(-448, 448) if quant else value).to(stored)
+                    _extreme_outputs(value, spread, problem)
+                weights[name][e] = _stored(value, scheme, io)
                 biases[name][e] = (torch.randn(shape[0], generator=rng, device=device) * 0.5).to(io)
     static = {}
-    if quant and quant.activation == "tensor_static":
+    if quant and quant.activations and quant.activations.granularity.static:
         # Random: 0.7 of what is needed, so that some values saturate.
-        pair = exact_fill.static_scales(problem) if fill == "exact" else (0.7 * 4.5 / 448, 0.7 * 9 / 448)
+        codes = quant.activations.codes
+        pair = exact_fill.static_scales(problem) if fill == "exact" else (0.7 * 4.5 / codes.max, 0.7 * 9 / codes.max)
         static = {f"{n}_scale": fence.keep(torch.tensor([v], device=device)) for n, v in zip(("a13", "a2"), pair)}
     places = expert_map(problem, device)
     return Layer(
@@ -204,14 +208,47 @@ def _layer(problem: Problem, fill: str, seed: int, rng: torch.Generator) -> Laye
     )  # fmt: skip
 
 
-def _extreme_outputs(w2: Tensor, spread: float, stored: torch.dtype) -> None:
-    """Outputs whose weights lie at the edges of a narrow format: every fifth among the subnormal numbers, and, in fp8,
-    every fifth at the largest. Subnormal numbers of bf16 and fp32 are so small that devices may flush them."""
-    if stored in (torch.bfloat16, torch.float32):
+def _real_sigma(gemm_1: bool, terms: int) -> float:
+    """Standard deviation of weights whose sums of so many terms have SIGMA behind GEMM 1, and 1 behind GEMM 2."""
+    return (SIGMA if gemm_1 else 1.0) / math.sqrt(terms)
+
+
+def _stored(value: Tensor, scheme: Scheme | None, io: torch.dtype) -> Tensor:
+    """Random weights [N, K] as they are stored: codes of the scheme, or values of the io dtype."""
+    if scheme is None:
+        return value.to(io)
+    largest = scheme.codes.largest_drawn
+    return _codes(value.clamp(-largest, largest), scheme.codes)
+
+
+def _codes(value: Tensor, codes: Format) -> Tensor:
+    """Float32 values within the range of the codes, rounded once and stored."""
+    dtype = torch_dtype(codes)
+    return value.to(dtype) if dtype.is_floating_point else encode(value.double(), codes)
+
+
+def _extreme_outputs(w2: Tensor, spread: float, problem: Problem) -> None:
+    """Put the weights of some outputs at the edges of a narrow format: every fifth among the subnormal numbers and, of
+    codes, every fifth at the largest. Subnormal numbers of bf16 and fp32 are so small that devices may flush them."""
+    form = problem.quant.weights.codes if problem.quant else FORMATS[problem.dtype]
+    if form.name in ("bf16", "fp32"):
         return
-    w2[1::5] *= 0.4 * torch.finfo(stored).tiny / spread
-    if stored.itemsize == 1:
-        w2[2::5] = 448 * w2[2::5].sign()
+    w2[1::5] *= 0.4 * 2.0**form.emin / spread
+    if form.bits:
+        w2[2::5] = form.largest_drawn * w2[2::5].sign()
+
+
+def _fitted(scale: Tensor, value: Tensor, scheme: Scheme) -> Tensor:
+    """Powers of two, moved so far that no code of an exact weight [N, K] is too large or too small for the format."""
+    codes = scheme.codes
+    if codes.max >= 2 * abs(OFF) and codes.step(0) <= pair_weight(None) / 2:
+        return scale  # a format of so wide a range has codes for all of them under every scale drawn
+    largest = block_amax(value, scheme.granularity)
+    smallest = 1 / block_amax(torch.where(value == 0, 0.0, 1 / value), scheme.granularity)  # inf where all are 0
+    mantissa, exponent = torch.frexp(largest / codes.max)
+    least = torch.where(largest > 0, 2.0 ** (exponent - (mantissa == 0.5).int()), 0.0)
+    most = torch.where(largest > 0, 2.0 ** (torch.frexp(smallest / codes.step(0)).exponent - 1), torch.inf)
+    return scale.minimum(most).maximum(least)
 
 
 def _forced(problem: Problem, w13: Tensor, s: exact_fill.SignPatterns) -> Tensor:
@@ -220,28 +257,19 @@ def _forced(problem: Problem, w13: Tensor, s: exact_fill.SignPatterns) -> Tensor
 
 
 def _scales(problem: Problem, fill: str, experts: int, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
-    granules = {
-        "tensor": (),
-        "channel": shape[:1],
-        "block": tuple(math.ceil(n / BLOCK) for n in shape),
-    }[problem.quant.weight if problem.quant else "tensor"]
+    """Float32 scales of w13 or w2 [E, N, K], each a value of the scheme's format of scales."""
+    assert problem.quant is not None
+    scheme = problem.quant.weights
+    granules = scheme.scale_shape((experts, *shape))
     if fill == "exact":
-        return 2.0 ** (torch.randint(3, (experts, *granules), generator=rng, device=rng.device) - 1.0)
-    spread = (SIGMA if shape[1] == problem.hidden_size else 1.0) / math.sqrt(shape[1]) / CODE_SIGMA
-    scales = spread * (0.5 + torch.rand(experts, *granules, generator=rng, device=rng.device))
+        return 2.0 ** (torch.randint(3, granules, generator=rng, device=rng.device) - 1.0)
+    spread = _real_sigma(shape[1] == problem.hidden_size, shape[1]) / scheme.codes.sigma_drawn
+    scales = spread * (0.5 + torch.rand(granules, generator=rng, device=rng.device))
     if fill == "extreme":
         # Experts, rows and blocks that nobody trained: checkpoints have scales of 0 for them, or of 1e-23.
         scales.view(-1)[3::7] = 0.0
         scales.view(-1)[5::7] *= 2.0**-70
-    return scales
-
-
-def _expand(scale: Tensor, granularity: str, shape: torch.Size) -> Tensor:
-    if granularity == "tensor":
-        return scale
-    if granularity == "channel":
-        return scale[:, None]
-    return scale.repeat_interleave(BLOCK, 0)[: shape[0]].repeat_interleave(BLOCK, 1)[:, : shape[1]]
+    return round_to(scales.double(), scheme.granularity.scale).float()
 
 
 def in_layout(layer: Layer, layout: str) -> Layer:

@@ -11,8 +11,9 @@ gate    16 x . V_q + 112 if the row is on for the token's class, - 192 if it is 
         silu, gelu and tanh-gelu return the gate itself (>= 64: also in float64) or zero (<= -144: also in float32).
 a       gate * up = 32 * {2..5} * {1, 3}: at most four significant bits, exact in bf16, fp16 and e4m3.
 W2      +-1 on so few rows that the sum over I and top_k fits in the eight bits of bf16; router weights are 1/2 or 1.
-fp8     scales are powers of two. Dynamic scales are made so: each 1x128 group of x holds +448*2^j and -448*2^j, whose
-        contributions cancel; each 128 rows of I hold one whose activation is 448*2^j for every token.
+codes   scales are powers of two. Dynamic scales are made so: each block of a row of x that shares a scale (1x128, say)
+        holds +m*2^j and -m*2^j, m being the largest code (448 in e4m3), whose contributions cancel; each such block of
+        rows of I holds one whose activation is m*2^j for every token.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.problem.case import BLOCK, Problem
-from harness.problem.exactness import DYNAMIC
-
-GATE, ON, OFF, UNIT = 16, 112, -192, 32
+from harness.problem.case import Problem
+from harness.problem.exactness import GATE, OFF, ON, UNIT, forced_gate, pair_weight
+from reference.scheme import Format, power_of_two_above
 
 
 @dataclass
@@ -36,7 +36,7 @@ class SignPatterns:
     signature: Tensor  #: [F] class of each free column
     patterns: Tensor  #: [R, F] the patterns V_q, +-1
     classes: Tensor  #: [2] one-hot token-class columns ([0] for an activation without gate)
-    amax: list[Tensor]  #: per 1x128 group, the pair of columns that fixes its dynamic scale
+    amax: list[Tensor]  #: per block of columns that shares a scale, the pair of columns that fixes its dynamic scale
     wide: bool  #: whether sums may be +-3 as well as +-1
 
 
@@ -45,9 +45,9 @@ def sign_patterns(problem: Problem, seed: int, device: torch.device) -> SignPatt
     hidden = problem.hidden_size
     amax: list[Tensor] = []
     taken = torch.zeros(hidden, dtype=torch.bool)
-    if problem.quant and problem.quant.activation in DYNAMIC:
-        for start in range(0, hidden, BLOCK):
-            columns = start + torch.randperm(min(BLOCK, hidden - start), generator=rng)[:2]
+    if problem.quant and problem.quant.dynamic:
+        for start, size in _blocks(problem, hidden):
+            columns = start + torch.randperm(size, generator=rng)[:2]
             taken[columns] = True
             amax.append(columns.to(device))
     others = torch.nonzero(~taken).flatten()
@@ -114,11 +114,23 @@ def hidden_states(problem: Problem, s: SignPatterns, rng: torch.Generator) -> Te
     if len(s.classes):
         x[torch.arange(tokens, device=device), s.classes[pick(len(s.classes), tokens)]] = 1
     for pair in s.amax:
-        scale = 448.0 * 2.0 ** pick(3, tokens).float()
-        x[:, pair[0]] = scale
+        largest = _dynamic_codes(problem).max * 2.0 ** pick(3, tokens).float()
+        x[:, pair[0]] = largest
         if len(pair) == 2:
-            x[:, pair[1]] = -scale
+            x[:, pair[1]] = -largest
     return x
+
+
+def _dynamic_codes(problem: Problem) -> Format:
+    assert problem.quant is not None and problem.quant.dynamic is not None
+    return problem.quant.dynamic.codes
+
+
+def _blocks(problem: Problem, size: int) -> list[tuple[int, int]]:
+    """(start, length) of blocks of which each holds an amax: those that share a scale; 128 where all of a row do."""
+    assert problem.quant is not None and problem.quant.dynamic is not None
+    block = problem.quant.dynamic.granularity.columns or 128
+    return [(start, min(block, size - start)) for start in range(0, size, block)]
 
 
 def router_weights(problem: Problem, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -140,8 +152,10 @@ def terms_per_class(problem: Problem, wide: bool) -> int:
 
 
 def static_scales(problem: Problem) -> tuple[float, float]:
-    """Powers of two under which x and a stay below 448."""
-    return 0.5, 8.0 if problem.router_weight_on_input else 2.0
+    """Powers of two under which x and a stay below the largest code."""
+    assert problem.quant is not None and problem.quant.activations is not None
+    largest = 15 * UNIT * (4 if problem.router_weight_on_input else 1)
+    return 0.5, power_of_two_above(largest / problem.quant.activations.codes.max)
 
 
 def expert_weights(problem: Problem, s: SignPatterns, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -155,7 +169,7 @@ def expert_weights(problem: Problem, s: SignPatterns, rng: torch.Generator) -> t
         rows = torch.zeros(inter, hidden, device=device)
         rows[:, s.free] = s.patterns[pick(len(s.patterns), inter)] * (2.0 * pick(2, inter, 1) - 1)
         for pair in s.amax:
-            rows[:, pair] = (2.0**-4 if len(pair) == 2 else 0.0) * (2.0 * pick(2, inter, 1) - 1)
+            rows[:, pair] = (pair_weight(problem.quant) if len(pair) == 2 else 0.0) * (2.0 * pick(2, inter, 1) - 1)
         return rows
 
     up = signed_patterns()
@@ -165,17 +179,17 @@ def expert_weights(problem: Problem, s: SignPatterns, rng: torch.Generator) -> t
         gate = GATE * signed_patterns()
         for c, column in enumerate(s.classes):
             gate[:, column] = torch.where(on_class == c, float(ON), float(OFF))
-        if s.amax:  # dynamic activation scales: one row of each 128 has amax 448 * 2^j for every token
-            for start in range(0, inter, BLOCK):
-                row = start + int(pick(min(BLOCK, inter - start), 1))
+        if s.amax:  # dynamic activation scales: one row of each block reaches the largest code * 2^j for every token
+            for start, size in _blocks(problem, inter):
+                row = start + int(pick(size, 1))
                 forced[row] = True
                 gate[row], up[row] = 0.0, 0.0
                 for column in s.classes:
-                    gate[row, column] = ON
+                    gate[row, column] = forced_gate(_dynamic_codes(problem))
                     if problem.activation == "swigluoai":
                         up[row, column] = 7.0
                     else:
-                        up[row, column] = 8.0 * 2.0 ** int(pick(2, 1))  # twice 448 at least: others reach 480
+                        up[row, column] = 8.0 * 2.0 ** int(pick(2, 1))  # 896 at least: others reach 480
         if problem.activation == "swigluoai":
             w13 = torch.stack([gate, up], 1).reshape(2 * inter, hidden)
         else:
@@ -209,7 +223,7 @@ def expert_biases(problem: Problem, rng: torch.Generator, device: torch.device) 
     w2_bias = (UNIT if problem.gated else UNIT / 2) * (pick(3, problem.hidden_size) - 1)
     if not problem.gated:
         return 8 * pick(2, inter), w2_bias
-    # A weighted input makes gates of up to four bits already: another addend there would need a fifth in e4m3.
+    # A weighted input makes gates of up to four bits already: another addend there would need a fifth.
     quantized = problem.quant is not None and problem.quant.activation is not None
     gate = torch.zeros(inter, device=device) if quantized and problem.router_weight_on_input else UNIT * pick(2, inter)
     up = 2 * (pick(3, inter) - 1)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from harness.inputs.draw import TORCH_DTYPE, generator
+from harness.inputs.draw import generator
 from harness.problem.case import Case
+from reference.formats import torch_dtype
 
 #: Biases [E] of normal n [E]: about as large as scores are; large beside them; below all of them.
 BIASES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -63,4 +64,4 @@ def draw_logits(case: Case, device: torch.device, tokens: int | None = None) -> 
             x[t] = kinds[(t + case.seed) % len(kinds)](row)
     whole = torch.full((shape[0], shape[1] + (5 if problem.padded else 0)), BEYOND)
     whole[:, : shape[1]] = x
-    return whole.to(TORCH_DTYPE[problem.dtype]).to(device)[:, : shape[1]]
+    return whole.to(torch_dtype(problem.dtype)).to(device)[:, : shape[1]]

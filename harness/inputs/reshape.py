@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from harness.backend import Layer
-from harness.problem.case import BLOCK, Problem
+from harness.problem.case import Problem
 from harness.trace.tracing import poison_
+from reference.formats import decode, encode
+from reference.quant import expand_scale
+from reference.scheme import Scheme
 
 PER_EXPERT = ("w13", "w2", "w13_scale", "w2_scale", "w13_bias", "w2_bias")
-LARGEST = 448.0  #: no code of a drawn layer is larger, in either fp8 format
 
 
 def padded_rows(x: Tensor) -> Tensor:
-    """[T, K] with rows further apart than they are long, and NaN between them."""
-    room = x.new_full((len(x), x.shape[1] + 64), math.nan)
-    room[:, : x.shape[1]] = x
-    return room[:, : x.shape[1]]
+    """[T, K] with rows further apart than they are long, and NaN between them: a slice of an engine's buffer."""
+    buffer = x.new_full((len(x), x.shape[1] + 64), math.nan)
+    buffer[:, : x.shape[1]] = x
+    return buffer[:, : x.shape[1]]
 
 
 def select(t: Tensor, index: Tensor, dim: int, empty: float = 0.0) -> Tensor:
@@ -62,10 +64,10 @@ def reshaped(layer: Layer, hidden: Tensor, made: Tensor, used: Tensor) -> Layer:
     """The layer (layout "nk") with these hidden columns, -1 for one that is zero throughout; w13 makes the intermediate
     columns `made`, w2 uses `used`, -1 for one that weighs nothing. Every other value keeps its value."""
     problem = layer.problem
-    granularity = problem.quant.weight if problem.quant else "tensor"
+    scheme = problem.quant.weights if problem.quant else None
     rows = w13_rows(problem, made)
-    w13, w13_scale = _matrix(layer.w13, layer.w13_scale, granularity, rows, hidden)
-    w2, w2_scale = _matrix(layer.w2, layer.w2_scale, granularity, hidden, used)
+    w13, w13_scale = _matrix(layer.w13, layer.w13_scale, scheme, rows, hidden)
+    w2, w2_scale = _matrix(layer.w2, layer.w2_scale, scheme, hidden, used)
     return replace(
         layer, w13=w13, w13_scale=w13_scale, w2=w2, w2_scale=w2_scale,
         w13_bias=None if layer.w13_bias is None else select(layer.w13_bias, rows, 1),
@@ -74,18 +76,24 @@ def reshaped(layer: Layer, hidden: Tensor, made: Tensor, used: Tensor) -> Layer:
 
 
 def _matrix(
-    w: Tensor, scale: Tensor | None, granularity: str, rows: Tensor, columns: Tensor
+    w: Tensor, scale: Tensor | None, scheme: Scheme | None, rows: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """w [E, N, K] with these rows and columns, and the scales that go with them."""
     codes = select(select(w, rows, 1), columns, 2)
-    if scale is None or granularity == "tensor":
+    if scale is None or scheme is None:
         return codes, scale
-    if granularity == "channel":
-        return codes, select(scale, rows, 1, empty=1.0)
+    granularity = scheme.granularity
+    new = scale
+    for dim, index, block in ((1, rows, granularity.rows), (2, columns, granularity.columns)):
+        if block == 1:
+            new = select(new, index, dim, empty=1.0)
+        elif block is not None:
+            new = new.index_select(dim, index.clamp(min=0)[::block] // block)
+    if granularity.columns is None:
+        return codes, new
     # A new block gets the scale of the first value that came there; the others' codes are converted. On the exact fill
     # scales are powers of two and codes have few bits, so that no value changes.
-    of_row, of_column = rows.clamp(min=0) // BLOCK, columns.clamp(min=0) // BLOCK
-    old = scale.index_select(1, of_row).index_select(2, of_column)
-    new = scale.index_select(1, of_row[::BLOCK]).index_select(2, of_column[::BLOCK])
-    spread = new.repeat_interleave(BLOCK, 1)[:, : len(rows)].repeat_interleave(BLOCK, 2)[:, :, : len(columns)]
-    return (codes.float() * (old / spread)).clamp(-LARGEST, LARGEST).to(w.dtype), new
+    old = expand_scale(scale, granularity, w.shape)
+    old = old.index_select(1, rows.clamp(min=0)).index_select(2, columns.clamp(min=0))
+    ratio = decode(codes, scheme.codes).float() * (old / expand_scale(new, granularity, codes.shape))
+    return encode(ratio.double(), scheme.codes), new

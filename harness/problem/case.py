@@ -15,27 +15,34 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from harness.base.errors import UserError
+from reference.scheme import (
+    ACTIVATION_GRANULARITIES,
+    WEIGHT_GRANULARITIES,
+    Scheme,
+    activation_scheme,
+    code_formats,
+    weight_scheme,
+)
+
 DTYPES = ("bf16", "fp16", "fp32")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
 LAYOUTS = ("nk", "kn")
-WEIGHT_FORMATS = ("e4m3", "e5m2")
-WEIGHT_GRANULARITIES = ("tensor", "channel", "block")
-ACTIVATION_GRANULARITIES = ("none", "static", "tensor", "token", "group")
 ROUTINGS = ("uniform", "balanced", "skewed", "one", "half", "duplicate", "invalid", "beyond", "nobody", "remote")
 FILLS = ("exact", "random", "extreme")
-BLOCK = 128  #: fp8 blocks are 128x128 (weights) and 1x128 (activations)
 
 
-class DescriptorError(ValueError):
+class DescriptorError(UserError, ValueError):
     """A descriptor or a Problem that makes no sense; the message names the field, the value and what is valid."""
 
 
 @dataclass(frozen=True)
 class Quant:
-    """An fp8 scheme: weight format and granularity, and how activations are quantized (always e4m3).
+    """The quantization of a layer, by the names that reference/scheme.py knows: <format>.<weights>.<activations>.
 
-    weight: "tensor" (scale [E]), "channel" ([E, N]) or "block" ([E, ceil(N/128), ceil(K/128)]).
-    activation: None (W8A16), "tensor_static", "tensor" (dynamic, over all rows), "token" or "group" (1x128).
+    weight_format: the format of the weights' codes. weight: their granularity, "tensor" (scale [E]), "channel" ([E, N])
+    or "block" ([E, ceil(N/128), ceil(K/128)]). activation: None (weight only), "tensor_static", "tensor" (dynamic, over
+    all rows), "token" or "group" (1x128).
     """
 
     weight_format: str
@@ -43,13 +50,43 @@ class Quant:
     activation: str | None
 
     def __str__(self) -> str:
-        named = {None: "none", "tensor_static": "static"}.get(self.activation, self.activation)
-        return f"{self.weight_format}.{self.weight}.{named}"
+        return f"{self.weight_format}.{self.weight}.{self._granularity or 'none'}"
 
     @classmethod
     def parse(cls, text: str) -> Quant:
         fmt, weight, activation = text.split(".")
         return cls(fmt, weight, {"none": None, "static": "tensor_static"}.get(activation, activation))
+
+    @property
+    def _granularity(self) -> str | None:
+        return "static" if self.activation == "tensor_static" else self.activation
+
+    @property
+    def weights(self) -> Scheme:
+        """How weights are stored."""
+        return weight_scheme(self.weight_format, self.weight)
+
+    @property
+    def activations(self) -> Scheme | None:
+        """How activations are quantized; None: they are not."""
+        return None if self._granularity is None else activation_scheme(self._granularity, self.weight_format)
+
+    @property
+    def dynamic(self) -> Scheme | None:
+        """The scheme of activations whose scales are computed from them; None: there is no such scale."""
+        scheme = self.activations
+        return None if scheme is None or scheme.granularity.static else scheme
+
+    @property
+    def block(self) -> int:
+        """The size of the largest block that shares a scale, in rows or columns; 1 where whole rows do."""
+        schemes = [self.weights, *([self.activations] if self.activations else [])]
+        return max(size or 1 for scheme in schemes for size in (scheme.granularity.rows, scheme.granularity.columns))
+
+    @property
+    def over_rows(self) -> bool:
+        """Whether one dynamic scale covers all rows, so that every row depends on every other."""
+        return self.dynamic is not None and self.dynamic.granularity.rows is None
 
 
 @dataclass(frozen=True)
@@ -110,12 +147,13 @@ class Problem:
         require(one_slot, "router_weight_on_input", f"defined for top_k=1 only, not top_k={self.top_k}")
         if self.quant:
             known = (
-                self.quant.weight_format in WEIGHT_FORMATS
+                self.quant.weight_format in code_formats()
                 and self.quant.weight in WEIGHT_GRANULARITIES
-                and self.quant.activation in (None, "tensor_static", "tensor", "token", "group")
+                and self.quant.activation in (None, "tensor_static", *(ACTIVATION_GRANULARITIES.keys() - {"static"}))
             )
-            require(known, "quant", f"<{'|'.join(WEIGHT_FORMATS)}>.<{'|'.join(WEIGHT_GRANULARITIES)}>.<none|...>")
-            require(self.dtype != "fp32", "quant", "fp8 weights go with bf16 or fp16 activations")
+            parts = [code_formats(), WEIGHT_GRANULARITIES, ["none", *ACTIVATION_GRANULARITIES]]
+            require(known, "quant", ".".join(f"<{'|'.join(names)}>" for names in parts))
+            require(self.dtype != "fp32", "quant", "quantized weights go with bf16 or fp16 activations")
         if self.ep:
             fits = self.ep.size >= 1 and self.num_experts % self.ep.size == 0 and 0 <= self.ep.rank < self.ep.size
             require(fits, "ep", f"size must divide num_experts={self.num_experts} and rank lie below size")
@@ -222,7 +260,8 @@ def _flag(name: str, word: str, value: Any = True) -> Rule:
     return Rule(name, word, lambda s: value, lambda v: word, word)
 
 
-_QUANT = rf"({'|'.join(WEIGHT_FORMATS)})\.({'|'.join(WEIGHT_GRANULARITIES)})\.({'|'.join(ACTIVATION_GRANULARITIES)})"
+#: Any three words: which of them are known is said by the error of Problem.
+_QUANT = r"[a-z0-9_]+\.[a-z0-9_]+\.[a-z0-9_]+"
 
 GRAMMAR: tuple[Rule, ...] = (
     _count("t", "tokens"),

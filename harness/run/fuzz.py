@@ -16,19 +16,21 @@ from typing import Any
 
 from harness.base.minimal import FAR, find_minimal, place
 from harness.inputs.sizes import batch_bytes, weight_bytes
-from harness.problem.case import ACTIVATION_GRANULARITIES as TAKEN
 from harness.problem.case import ACTIVATIONS, DTYPES, LAYOUTS, ROUTINGS, Case, ExpertParallel, Problem, Quant
-from harness.problem.case import WEIGHT_FORMATS as FORMATS
-from harness.problem.case import WEIGHT_GRANULARITIES as SCALED
 from harness.problem.exactness import inexact
 from harness.results.verdict import Verdict
 from harness.run.isolated import IsolatedRunner
+from reference.scheme import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, code_formats
 
 SHRINKS, SHRINKING = 400, 120  #: cases, and seconds, to shrink one with
 ENDLESS = 1_000_000  #: examples, where only seconds count
 WORK = 64  #: multiplications a case may take for every byte of the budget: the oracle computes each in float64
-SCHEMES = tuple(Quant.parse(f"{f}.{w}.{a}") for f, w, a in product(FORMATS, SCALED, TAKEN))
-FILLS = ("exact", "exact", "exact", "exact", "exact", "random", "random", "extreme")
+SCHEMES = tuple(
+    Quant.parse(".".join(names))
+    for names in product(code_formats(), WEIGHT_GRANULARITIES, ("none", *ACTIVATION_GRANULARITIES))
+)
+INEXACT_FILLS = ("random", "random", "extreme")
+FILLS = (*["exact"] * 5, *INEXACT_FILLS)
 LIMITS = [128.0, 256.0, 7.0, 2.0, 0.5]
 #: Cheap ones that hold for every problem, or are Unsupported; the second part only where sums need not be exact.
 SCENARIOS = (
@@ -122,7 +124,7 @@ def cases(space: Space, most: int) -> Any:
         problem = fitting("hidden_size", space.hidden)
         problem = fitting("intermediate_size", space.inner)
         problem = fitting("tokens", space.tokens)
-        fill = one(FILLS if inexact(problem) is None else FILLS[5:])
+        fill = one(FILLS if inexact(problem) is None else INEXACT_FILLS)
         partial = PARTIAL if space.once and fill != "exact" else ()
         once = ("once",) * 60 if space.once else ()
         return Case(problem, fill, one(range(16)), one((*once, *space.scenarios, *partial)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.inputs.draw import Inputs, expert_map
 from harness.inputs.reshape import padded_rows, reshaped, select, with_experts
-from harness.problem.case import BLOCK, ExpertParallel, Problem
+from harness.problem.case import ExpertParallel, Problem
 from harness.scenarios.metamorphic import Related, batch_is_one, in_batch, other_layer, refuse, relation, tokens_of
 from reference.moe import local_experts
 
@@ -27,9 +27,15 @@ def shuffled(n: int, device: torch.device) -> Tensor:
     return (order if not torch.equal(order, torch.arange(n)) else order.flip(0)).to(device)
 
 
-def _within_blocks(n: int, device: torch.device) -> Tensor:
-    """[n] a permutation within every 128: what shares a scale goes on sharing it."""
-    return torch.cat([start + shuffled(min(BLOCK, n - start), device) for start in range(0, n, BLOCK)])
+def _block(problem: Problem) -> int:
+    """Columns that stay together where columns move, so that those of one scale go on sharing it."""
+    return problem.quant.block if problem.quant and problem.quant.block > 1 else 128
+
+
+def _within_blocks(problem: Problem, n: int, device: torch.device) -> Tensor:
+    """[n] a permutation within every block: columns that share a scale go on sharing it."""
+    block = _block(problem)
+    return torch.cat([start + shuffled(min(block, n - start), device) for start in range(0, n, block)])
 
 
 def _local(inputs: Inputs) -> Tensor:
@@ -250,7 +256,7 @@ def ranks(inputs: Inputs) -> list[Related]:
 
 def _more(problem: Problem, size: int) -> int:
     """By how much a size grows: whole blocks stay whole, other sizes get another tail."""
-    return BLOCK if problem.quant is not None and size % BLOCK == 0 else 24
+    return _block(problem) if problem.quant is not None and size % _block(problem) == 0 else 24
 
 
 def _ranges(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -293,7 +299,7 @@ def wider_intermediate(inputs: Inputs) -> Related:
 def hidden_order(inputs: Inputs) -> Related:
     """The hidden columns in another order, in hidden_states, w13 and the outputs."""
     _, inter = _ranges(inputs)
-    order = _within_blocks(inputs.case.problem.hidden_size, inputs.hidden_states.device)
+    order = _within_blocks(inputs.case.problem, inputs.case.problem.hidden_size, inputs.hidden_states.device)
     layer = reshaped(inputs.layer, order, inter, inter)
     asked = other_layer(inputs, "hidden columns reordered", layer, hidden_states=_columns(inputs, order))
     return Related([asked], lambda y: y[:, order.cpu()])
@@ -303,7 +309,7 @@ def hidden_order(inputs: Inputs) -> Related:
 def intermediate_order(inputs: Inputs) -> Related:
     """The rows of gate and up, and the columns of w2 with them, in another order."""
     hidden, _ = _ranges(inputs)
-    order = _within_blocks(inputs.case.problem.intermediate_size, inputs.hidden_states.device)
+    order = _within_blocks(inputs.case.problem, inputs.case.problem.intermediate_size, inputs.hidden_states.device)
     return Related([other_layer(inputs, "intermediate rows reordered", reshaped(inputs.layer, hidden, order, order))])
 
 

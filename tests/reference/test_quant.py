@@ -9,11 +9,11 @@ import torch
 
 from reference.formats import FORMATS, decode, round_to, torch_dtype, ulp
 from reference.quant import dequantize_weight, expand_scale, quantize_activation, quantize_weight
-from reference.scheme import ACTIVATIONS, WEIGHTS, activation_scheme, weight_scheme
+from reference.scheme import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, activation_scheme, weight_scheme
 
 PEERS = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 #: Activations with a dynamic scale.
-DYNAMIC = [name for name, granularity in ACTIVATIONS.items() if not granularity.static]
+DYNAMIC = [name for name, granularity in ACTIVATION_GRANULARITIES.items() if not granularity.static]
 SHAPES = [(2, 256, 128), (3, 200, 300), (1, 1, 129), (2, 130, 64), (1, 128, 1)]
 
 
@@ -39,7 +39,7 @@ def slices(granularity, n, k):
                 yield (i // height, j // 128), slice(i, i + height), slice(j, j + 128)
 
 
-@pytest.mark.parametrize("granularity", WEIGHTS)
+@pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", PEERS)
 def test_weights_against_numpy(name, shape, granularity):
@@ -47,7 +47,7 @@ def test_weights_against_numpy(name, shape, granularity):
     w[0, -1] = 0.0
     codes, scale = quantize_weight(w, weight_scheme(name, granularity))
     assert codes.shape == w.shape and codes.dtype == torch_dtype(name)
-    assert scale.dtype == torch.float32 and tuple(scale.shape) == WEIGHTS[granularity].scale_shape(w.shape)
+    assert scale.dtype == torch.float32 and tuple(scale.shape) == WEIGHT_GRANULARITIES[granularity].scale_shape(w.shape)
     dequantized = dequantize_weight(codes, scale, weight_scheme(name, granularity))
     largest = np.float32(FORMATS[name].max)
     for e in range(shape[0]):
@@ -66,7 +66,7 @@ def test_weights_against_numpy(name, shape, granularity):
             assert ((theirs - rounded).abs() <= ulp(rounded, name)).all()
 
 
-@pytest.mark.parametrize("granularity", WEIGHTS)
+@pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
 def test_one_expert_dequantizes_as_in_the_whole(granularity):
     w = bf16_values(3, 200, 300)
     codes, scale = quantize_weight(w, weight_scheme("e4m3", granularity))
@@ -75,7 +75,7 @@ def test_one_expert_dequantizes_as_in_the_whole(granularity):
         assert torch.equal(dequantize_weight(codes[e], scale[e], weight_scheme("e4m3", granularity)), whole[e])
 
 
-@pytest.mark.parametrize("granularity", WEIGHTS)
+@pytest.mark.parametrize("granularity", WEIGHT_GRANULARITIES)
 def test_quantizing_again_changes_nothing(granularity):
     codes, scale = quantize_weight(bf16_values(2, 200, 300), weight_scheme("e4m3", granularity))
     w = dequantize_weight(codes, scale, weight_scheme("e4m3", granularity))
@@ -86,9 +86,9 @@ def test_quantizing_again_changes_nothing(granularity):
 
 def test_error_is_at_most_half_a_step():
     w = bf16_values(2, 200, 300)
-    for granularity in WEIGHTS:
+    for granularity in WEIGHT_GRANULARITIES:
         codes, scale = quantize_weight(w, weight_scheme("e4m3", granularity))
-        scale = expand_scale(scale.double(), WEIGHTS[granularity], w.shape)
+        scale = expand_scale(scale.double(), WEIGHT_GRANULARITIES[granularity], w.shape)
         error = decode(codes) * scale - w
         # amax / scale may exceed 448 by a float32 rounding and is then cut off.
         half = ulp((w / scale).clamp(-448, 448), "e4m3") / 2 + 448 * 2.0**-24
@@ -98,7 +98,7 @@ def test_error_is_at_most_half_a_step():
 def test_zero_and_tiny_weights():
     w = torch.zeros(2, 128, 256, dtype=torch.float64)
     w[1] = 2.0**-149  # amax / 448 underflows float32
-    for granularity in WEIGHTS:
+    for granularity in WEIGHT_GRANULARITIES:
         codes, scale = quantize_weight(w, weight_scheme("e4m3", granularity))
         assert (scale == 1).all() and (decode(codes) == 0).all()
 
@@ -175,10 +175,10 @@ def test_no_rows():
 
 def test_expand_scale():
     scale = torch.arange(6.0).reshape(2, 3)
-    full = expand_scale(scale, WEIGHTS["block"], (130, 260))
+    full = expand_scale(scale, WEIGHT_GRANULARITIES["block"], (130, 260))
     assert full.shape == (130, 260)
     assert full[127, 127] == 0 and full[128, 127] == 3 and full[127, 128] == 1 and full[129, 259] == 5
-    full = expand_scale(scale, ACTIVATIONS["group"], (2, 260))
+    full = expand_scale(scale, ACTIVATION_GRANULARITIES["group"], (2, 260))
     assert full[1, 127] == 3 and full[1, 128] == 4 and full[0, 259] == 2
 
 
@@ -186,7 +186,7 @@ def test_expand_scale():
 def test_the_accelerator_agrees_with_the_cpu():
     device = torch.accelerator.current_accelerator()
     w = bf16_values(2, 200, 300)
-    for granularity in WEIGHTS:
+    for granularity in WEIGHT_GRANULARITIES:
         codes, scale = quantize_weight(w.to(device), weight_scheme("e4m3", granularity))
         dequantized = dequantize_weight(codes, scale, weight_scheme("e4m3", granularity)).cpu()
         here = quantize_weight(w, weight_scheme("e4m3", granularity))
@@ -210,7 +210,7 @@ def test_errors_name_the_field_the_value_and_what_is_valid():
     with pytest.raises(ValueError, match="w holds NaN or infinity"):
         quantize_weight(w + math.nan, weight_scheme("e4m3", "tensor"))
     with pytest.raises(ValueError, match=r"scale has shape \(1, 2\); .* needs \(1, 1, 1\)"):
-        expand_scale(torch.ones(1, 2), WEIGHTS["block"], w.shape)
+        expand_scale(torch.ones(1, 2), WEIGHT_GRANULARITIES["block"], w.shape)
     with pytest.raises(ValueError, match="a static scale is one for all rows and columns"):
         quantize_activation(w[0], activation_scheme("token"), static_scale=1.0)
     for static_scale in (0.0, -1.0, math.nan, math.inf):

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 
 from harness.device import Device
-from harness.inputs.draw import TORCH_DTYPE
-from harness.problem.case import BLOCK, Problem
+from harness.problem.case import Problem
+from reference.formats import torch_dtype
 from reference.moe import local_experts
 
 
@@ -37,11 +38,12 @@ def work(problem: Problem, topk_ids: Tensor, expert_map: Tensor | None = None) -
     pairs, experts = int(met.numel()), int(met.unique().numel())
     k, i, rows = problem.hidden_size, problem.intermediate_size, problem.w13_rows
     weights = rows * k + k * i
-    io = TORCH_DTYPE[problem.dtype].itemsize
-    an_expert = weights * (1 if problem.quant else io)
+    io = torch_dtype(problem.dtype).itemsize
+    an_expert = weights * io
     if problem.quant:
-        scales = {"tensor": 2, "channel": rows + k, "block": (-(-rows // BLOCK) + -(-i // BLOCK)) * -(-k // BLOCK)}
-        an_expert += 4 * scales[problem.quant.weight]
+        scheme = problem.quant.weights
+        scales = prod(scheme.scale_shape((rows, k))) + prod(scheme.scale_shape((k, i)))
+        an_expert = scheme.code_bytes(weights) + 4 * scales
     if problem.bias:
         an_expert += (rows + k) * io
     shared = problem.shared_experts
@@ -95,7 +97,7 @@ def _matrix_rate(device: Device, name: str) -> float | None:
 def _product(name: str, n: int, device: torch.device) -> Callable[[], Tensor] | None:
     a, b = (torch.randn(n, n, device=device) for _ in range(2))
     if name != "fp8":
-        a, b = a.to(TORCH_DTYPE[name]), b.to(TORCH_DTYPE[name])
+        a, b = a.to(torch_dtype(name)), b.to(torch_dtype(name))
         return lambda: a @ b
     one = torch.ones((), device=device)
     a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
