@@ -1,4 +1,4 @@
-"""`moe-harness list`: the cases, by family."""
+"""`moe-harness list`: the cases by family, and the glossary of descriptors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 from harness import backend as backends
 from harness import device as devices
 from harness.base.errors import UserError
+from harness.base.table import aligned
 from harness.base.text import cut
 from harness.device import DEVICES, Device, ready
 from harness.problem import families
 from harness.problem.case import FILLS, Case
+from harness.problem.words import glossary
 
 
 def register(add: Callable[..., Any]) -> None:
@@ -22,9 +24,15 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument("--device", choices=DEVICES, default="cpu", help="the cases of this device (cpu)")
     sub.add_argument("--backend", metavar="SPEC", help="only the cases that this backend supports")
     sub.add_argument("--why", action="store_true", help="every case, and the reason why it exists")
+    sub.add_argument("--grammar", action="store_true", help="the tokens of a descriptor and their meaning, no cases")
 
 
 def show(args: argparse.Namespace) -> int:
+    """Print the families, the cases or the grammar."""
+    if args.grammar:
+        print("A descriptor is a list of these tokens, joined by -. The sizes and the dtype are required.")
+        print("\n".join(aligned([("token", "field", "meaning"), *glossary()])))
+        return 0
     device = ready(args.device) if args.backend or args.device in devices.present() else Device(args.device)
     backend = backends.load(args.backend) if args.backend else None
     modules = {module.FAMILY: module for module in families.families()}

@@ -1,4 +1,5 @@
-"""The question: a Problem, a Case, the grammar of its descriptor, the families of cases/. Standard library only.
+"""Problems, Cases, the grammar of descriptors, the families of cases/. Standard library only.
 
-case.py has the grammar; families.py reads cases/; words.py describes a case to a reader.
+Public: `Problem`, `Case` and `DescriptorError` (case.py); `families` and `rows` (families.py), and `sweep` and
+`pairwise`, with which cases/ makes rows; `inexact` (exactness.py); a descriptor in words (words.py).
 """

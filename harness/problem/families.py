@@ -1,9 +1,9 @@
-"""From the rows of a family of cases to the Cases to run.
+"""Families of cases: from the rows of a module of cases/ to the Cases to run.
 
-A module in cases/ holds `FAMILY`, a name, and `ROWS`, a dict from a descriptor to the reason why that row exists. A
-descriptor without a fill stands for two Cases, exact (where an exact fill exists) and random; one with a scenario for
-one only, exact if it can be. `CPU_ROWS` and `GPU_ROWS` are rows for one kind of device alone. `STAGE`, if there is one,
-names the only attribute of a backend that the family asks about: a stage, and not the layer's output.
+A module of cases/ has `FAMILY`, a name, and `ROWS`, a dict {descriptor: the reason for the row}. A descriptor without a
+fill stands for two Cases, exact (where an exact fill exists) and random; with a scenario it stands for one, exact if
+possible. `CPU_ROWS` and `GPU_ROWS` are rows for one kind of device. `STAGE`, if present, names the attribute of a
+backend that the family tests: a stage, not the layer's output.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from harness.problem.case import FILLS, Case
 from harness.problem.exactness import inexact
 
 PACKAGE = "cases"
-TIMED = "perf"  #: the family whose cases are timed: run only where -m names it
+TIMED = "perf"  #: the family of timed cases, which runs only if -m names it
 
 
 @dataclass(frozen=True)
 class CaseRow:
-    """One Case, the family it belongs to and the reason it exists."""
+    """One Case, its family and the reason for it."""
 
     case: Case
     family: str
@@ -35,7 +35,7 @@ class CaseRow:
 def sweep(template: str, why: str, **values: Iterable[Any]) -> dict[str, str]:
     """One row for every combination: sweep("t{t}-h256-...", "tails of M", t=(1, 15, 16, 17)).
 
-    A value of "" drops its token, so that a flag can be swept on and off.
+    A value of "" drops its token: ("", "bias") sweeps a flag off and on.
     """
     names = list(values)
     rows = {}
@@ -46,7 +46,7 @@ def sweep(template: str, why: str, **values: Iterable[Any]) -> dict[str, str]:
 
 
 def expand(descriptor: str) -> list[Case]:
-    """The Cases that a row's descriptor stands for."""
+    """The Cases of a row's descriptor. DescriptorError: it is wrong."""
     case = Case.parse(descriptor)
     if set(descriptor.split("-")) & set(FILLS):
         return [case]
@@ -57,23 +57,18 @@ def expand(descriptor: str) -> list[Case]:
 
 
 def rows(module: ModuleType, on_cpu: bool) -> list[CaseRow]:
-    """The Cases of a family's module, each once: on the CPU (an emulated XPU too), or on a GPU."""
+    """The Cases of a family's module, each once: for the CPU (and an emulated XPU), or for a GPU."""
     own = "CPU_ROWS" if on_cpu else "GPU_ROWS"
     table = {**getattr(module, "ROWS", {}), **getattr(module, own, {})}
-    found = {
+    by_case = {
         case: CaseRow(case, module.FAMILY, why) for descriptor, why in table.items() for case in expand(descriptor)
     }
-    return list(found.values())
+    return list(by_case.values())
 
 
 def untimed() -> list[ModuleType]:
-    """The families that every run asks: all but the one that is timed."""
+    """The families of every run: all but the family of timed cases."""
     return [m for m in families() if m.FAMILY != TIMED]
-
-
-def layer_questions() -> list[ModuleType]:
-    """Those of them that judge the output of the layer."""
-    return [m for m in untimed() if not hasattr(m, "STAGE")]
 
 
 def families() -> list[ModuleType]:

@@ -1,6 +1,6 @@
-"""Rows in which every two options meet: most faults of configurations need two of them at once.
+"""Rows in which every two options meet: most faults that depend on options need one or two of them.
 
-The smallest sets of such rows are hard to find; a greedy choice comes close (Cohen et al. 1997, "The AETG system", IEEE
+The smallest set of such rows is hard to find; a greedy choice comes close (Cohen et al. 1997, "The AETG system", IEEE
 TSE 23(7)). Deterministic: the same options give the same rows.
 """
 
@@ -13,9 +13,11 @@ from harness.problem.case import Case, DescriptorError
 
 
 def pairwise(why: str, **options: Iterable[str]) -> dict[str, str]:
-    """One row for as many pairs of options as it can hold, until every two of different names that can stand in one
-    descriptor have met. An option is one or more tokens; "" drops it. Required tokens are in options without a ""."""
-    values = {name: list(given) for name, given in options.items()}
+    """Rows that cover every pair of values of two options, if the pair can stand in one descriptor.
+
+    A value is one or more tokens; "" drops the option. Options with required tokens have no "".
+    """
+    values = {name: list(each) for name, each in options.items()}
     missing = [
         {(first, a), (second, b)}
         for first, second in combinations(values, 2)
@@ -43,7 +45,7 @@ def _text(chosen: dict[str, str], values: dict[str, list[str]]) -> str:
 
 
 def _possible(chosen: dict[str, str], values: dict[str, list[str]]) -> bool:
-    """Whether a descriptor can hold these options, whatever else its required tokens are."""
+    """Whether some descriptor has these options, for some values of the required ones that are missing."""
     required = [name for name in values if name not in chosen and "" not in values[name]]
     for rest in product(*(values[name] for name in required)):
         try:

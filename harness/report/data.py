@@ -53,7 +53,7 @@ def payload(records: list[Record], remarks: list[str], title: str, made: str) ->
             "alpha": history.ALPHA, "least": history.MIN_CHANGE, "runs": history.MIN_RUNS, "trim": history.TRIM,
         },
         "statistics": {**STATISTICS, "equal": "outputs that differ", "class": "NaN and infinities out of place"},
-        "words": words.spoken(sorted({token for _, (_, _, case), _ in rows for token in case.split("-")})),
+        "words": words.meanings(sorted({token for _, (_, _, case), _ in rows for token in case.split("-")})),
         "defaults": words.defaults(),
     }  # fmt: skip
 

@@ -7,10 +7,18 @@ import sys
 import pytest
 
 from harness import cli, device
+from harness.backend import BackendError
+from harness.base.errors import UserError
 from harness.base.processes import ROOT
+from harness.ci.matrix import MatrixError
+from harness.mutate.bugs import BugError
+from harness.perf.count.baseline_file import BaselineError
 from harness.problem import families
+from harness.problem.case import DescriptorError
+from harness.problem.words import glossary
 from harness.results import known_failures
-from harness.results.file import Results
+from harness.results.file import Results, ResultsError
+from harness.results.known_failures import LedgerError
 from harness.results.verdict import Verdict
 
 CASE = "t4-h64-i64-e8-k2-bf16-limit7-kn-exact"
@@ -18,7 +26,7 @@ CASE = "t4-h64-i64-e8-k2-bf16-limit7-kn-exact"
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """made_up(status, ...): what run_case answers."""
+    """made_up(status, ...): the verdict that run_case returns."""
 
     def set_to(status, **more):
         def run(case, backend, device, family=""):
@@ -29,36 +37,39 @@ def made_up(monkeypatch):
     return set_to
 
 
-def told(capsys, *arguments):
+def main(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command."""
     code = cli.main(list(arguments))
     out, err = capsys.readouterr()
     return code, out, err
 
 
 # -- run --------------------------------------------------------------------------------------------------------------
-def test_run_tells_everything(made_up, capsys):
+def test_run_prints_everything(made_up, capsys):
     trace = {"launches": ["_gemm", "_gemm", "_combine"], "operators": 3, "allocated_bytes": 64}
     made_up(
         "failed", reason="off by one", report="off by one\n  token 0 is wrong\n", budget=2.5, statistic="rho",
         budgets={"class": 0.0, "rho": 2.5}, plan="act=io", seconds=0.25, calls=2, trace=trace,
     )  # fmt: skip
-    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    code, out, _ = main(capsys, "run", CASE, "--backend", "torch-grouped-mm")
     assert code == 1
     assert (
         out
         == f"""\
 {CASE} on torch-grouped-mm, cpu
-  4 tokens of 64, top 2 of 8 experts of 64
-  bf16, unquantized
-  w13 8x128x64, layout kn; topk_ids int32, routing uniform
-  activation silu clamped at 7
-  fill exact, seed 0, scenario once
+  sizes         4 tokens of 64, top 2 of 8 experts of 64
+  dtype         bf16, unquantized
+  layout        kn: w13 [E, K, 2I], w2 [E, I, K]; w13 is 8x64x128
+  activation    silu: silu(g) * u; clamp 7
+  topk_ids      int32, uniform: all experts alike
+  fill          exact: every correct kernel gives the same bits; seed 0
+  scenario      once: one call
 failed: off by one
-  judged       2 calls in 0.25 s, oracle included
-  budget used  2.50 (class 0.00, rho 2.50); above 1 fails
-  plan         act=io
-  launched     _gemm x2, _combine
-  traced       3 operators, 64 allocated bytes
+  judged        2 calls in 0.25 s, oracle included
+  budget used   2.50 (class 0.00, rho 2.50); above 1 fails
+  plan          act=io
+  launched      _gemm x2, _combine
+  traced        3 operators, 64 allocated bytes
 
   token 0 is wrong
 
@@ -73,7 +84,7 @@ def test_run_a_kernel_of_ones_own_with_several_seeds(made_up, capsys, tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     made_up("passed")
-    code, out, _ = told(capsys, "run", CASE + "-s5", "--backend", "own_kernel:Mine", "--seeds", "2", "--json")
+    code, out, _ = main(capsys, "run", CASE + "-s5", "--backend", "own_kernel:Mine", "--seeds", "2", "--json")
     found = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [r["case"] for r in found] == [CASE + "-s5", CASE + "-s6"]
     assert found[0]["environment"]["device"] == "cpu" and "--backend own_kernel:Mine " in found[0]["reproduce"]
@@ -81,7 +92,7 @@ def test_run_a_kernel_of_ones_own_with_several_seeds(made_up, capsys, tmp_path, 
 
 def test_run_says_that_an_unsupported_case_was_not_run_and_counts_seeds(made_up, capsys):
     made_up("unsupported", reason="quant: bf16 only")
-    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm", "--seeds", "2")
+    code, out, _ = main(capsys, "run", CASE, "--backend", "torch-grouped-mm", "--seeds", "2")
     assert code == 0 and out.count("\nunsupported, so it was not run: quant: bf16 only\n\n") == 2
     assert out.endswith("\n\n2 seeds: 2 unsupported\n")
 
@@ -98,13 +109,13 @@ why = "one is added"
 """)
     monkeypatch.setattr(known_failures, "LEDGER", path)
     made_up("failed", reason="off by one")
-    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
-    assert code == 1 and "\nfailed: off by one\n  known        one is added (found here 2026-11-23)\n" in out
+    code, out, _ = main(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    assert code == 1 and "\nfailed: off by one\n  known         one is added (found here 2026-11-23)\n" in out
     made_up("failed", reason="NaN")
-    code, out, _ = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    code, out, _ = main(capsys, "run", CASE, "--backend", "torch-grouped-mm")
     assert code == 1 and "known" not in out
     path.write_text("[[unknown]]")
-    code, _, err = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    code, _, err = main(capsys, "run", CASE, "--backend", "torch-grouped-mm")
     assert code == 2 and "every entry is a table [[known]]" in err
 
 
@@ -113,16 +124,16 @@ def test_run_says_when_the_device_is_lost(monkeypatch, capsys):
         raise device.DeviceLost("cuda does not answer any more")
 
     monkeypatch.setattr("harness.commands.run.run_case", lost)
-    code, _, err = told(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    code, _, err = main(capsys, "run", CASE, "--backend", "torch-grouped-mm")
     assert code == 1 and err == "moe-harness: the device is lost: cuda does not answer any more\n"
 
 
 @pytest.mark.skipif("xpu" in device.present(), reason="there is an XPU")
 def test_run_emulates_an_absent_xpu_and_says_so(made_up, capsys):
     made_up("passed")
-    code, out, _ = told(capsys, "run", CASE, "--backend", "triton-cached", "--device", "xpu")
+    code, out, _ = main(capsys, "run", CASE, "--backend", "triton-cached", "--device", "xpu")
     assert code == 0 and out.startswith("xpu is EMULATED") and f"{CASE} on triton-cached, xpu (emulated)" in out
-    code, _, err = told(capsys, "run", CASE, "--backend", "triton", "--device", "xpu")
+    code, _, err = main(capsys, "run", CASE, "--backend", "triton", "--device", "xpu")
     assert code == 2 and err.endswith("to be emulated, triton must set xpu_contract\n")
 
 
@@ -141,20 +152,56 @@ def test_run_emulates_an_absent_xpu_and_says_so(made_up, capsys):
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_one_line(capsys, arguments, message):
-    code, out, err = told(capsys, *arguments)
+    code, out, err = main(capsys, *arguments)
     assert code == 2 and out == "" and err.startswith("moe-harness: " + message) and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [BackendError, BaselineError, BugError, DescriptorError, LedgerError, MatrixError, ResultsError, UserError],
+    ids=lambda kind: kind.__name__,
+)
+def test_every_error_for_the_user_ends_with_code_2(monkeypatch, capsys, kind):
+    def read(*_):
+        raise kind("x=3: must be 4")
+
+    monkeypatch.setattr(known_failures, "read", read)
+    code, out, err = main(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    assert (code, out, err) == (2, "", "moe-harness: x=3: must be 4\n")
+
+
+def test_an_error_of_the_harness_is_no_error_for_the_user(monkeypatch):
+    def read(*_):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(known_failures, "read", read)
+    with pytest.raises(ValueError, match="a defect"):
+        cli.main(["run", CASE, "--backend", "torch-grouped-mm"])
+
+
+def test_a_wrong_descriptor_names_the_command_that_lists_them(capsys):
+    for words in (["run", "t4-h64", "--backend", "triton"], ["compare", "HEAD", "HEAD", "t4-h64"]):
+        code, _, err = main(capsys, *words)
+        assert code == 2 and err.endswith("; those in use: python3 -m harness list --why\n")
+
+
 # -- list and doctor --------------------------------------------------------------------------------------------------
+def test_list_prints_the_grammar(capsys):
+    code, out, _ = main(capsys, "list", "--grammar")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 2 + len(glossary())
+    assert any(line.split() == ["nobody", "routing", "every", "id", "is", "-1"] for line in lines)
+
+
 def test_list_counts_cases_and_gives_their_reasons(capsys):
     module = next(m for m in families.families() if m.FAMILY == "layers")
     rows = families.rows(module, on_cpu=True)
-    code, out, _ = told(capsys, "list")
+    code, out, _ = main(capsys, "list")
     line = next(line for line in out.splitlines() if line.startswith(module.FAMILY + " "))
     assert code == 0 and f" {len(rows)} cases" in line and " cases on cpu" in out.splitlines()[-1]
-    _, out, _ = told(capsys, "list", "--family", module.FAMILY, "--why")
+    _, out, _ = main(capsys, "list", "--family", module.FAMILY, "--why")
     assert out.splitlines() == [f"{row.case}  {row.why}" for row in rows]
-    _, out, _ = told(capsys, "list", "--family", module.FAMILY, "--backend", "triton-cached")
+    _, out, _ = main(capsys, "list", "--family", module.FAMILY, "--backend", "triton-cached")
     assert 0 < int(out.split()[1]) < len(rows) and "for triton-cached" in out
 
 
@@ -180,7 +227,7 @@ def test_verify_is_one_pytest_a_device_and_gives_the_worst_code(monkeypatch, cap
 
     monkeypatch.setattr(device, "present", lambda: ("cpu", "cuda"))
     monkeypatch.setattr(subprocess, "run", run)
-    code, out, _ = told(capsys, "verify", "--backend", "triton", "--jobs", "3", "--", "-x", "-q")
+    code, out, _ = main(capsys, "verify", "--backend", "triton", "--jobs", "3", "--", "-x", "-q")
     assert code == 1 and len(ran) == 2 and "moe-harness: cuda: pytest ended with 1" in out
     assert ran[0][:3] == [sys.executable, "-m", "pytest"]
     assert {"--device=cpu", "--backend=triton", "--dist=worksteal", f"--floor={ROOT}/cases/floor.toml"} <= set(ran[0])
@@ -196,5 +243,5 @@ def test_floor_prints_a_file(tmp_path, capsys):
     file.close()
     with (tmp_path / "r.jsonl").open("a") as cut:
         cut.write('{"sch')
-    code, out, err = told(capsys, "floor", str(tmp_path / "r.jsonl"))
+    code, out, err = main(capsys, "floor", str(tmp_path / "r.jsonl"))
     assert code == 0 and out.endswith("\n[cpu]\ntriton = 9\n") and "left out, the line is cut off" in err

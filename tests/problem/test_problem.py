@@ -57,7 +57,7 @@ def test_a_descriptor_parses_back_to_the_same_case(case):
         ("t16-h256-i128-e8-k2-bf16-win", "top_k=1 only"),
         ("t16-h256-i128-e8-k2-bf16-ep3.0", "size must divide num_experts=8"),
         ("t16-h256-i128-e8-k2-bf16-remote", "remote needs ep"),
-        ("t16-h256-i128-e8-k2-fp32-e4m3.block.group", "fp8 weights go with bf16 or fp16"),
+        ("t16-h256-i128-e8-k2-fp32-e4m3.block.group", "quantized weights go with bf16 or fp16"),
         ("t16-h256-i128-e8-k2-bf16-relu2-limit7", "no gate to clamp"),
         ("t16-h0-i128-e8-k2-bf16", "hidden_size=0: must be 1 or more"),
     ],

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from harness import cli
-from harness.problem import words
 from harness.report import data, history, performance
 from harness.report.history import Place
 from harness.results.file import Results
@@ -251,24 +250,7 @@ def test_series_that_are_easy_to_judge(series, at):
     assert [shift.at for shift in history.shifts([series])[0]] == at
 
 
-# -- words and the command --------------------------------------------------------------------------------------------
-def test_a_descriptor_in_words():
-    tokens = "t16-h256-bf16-e4m3.block.group-ep4.1s-ids64-win-skewed-limit7-swap.copy_-what"
-    told = words.spoken(tokens.split("-"))
-    assert told["t16"] == ("tokens", "16") and told["ids64"] == ("topk_ids", "int64")
-    assert told["e4m3.block.group"] == ("quantization", "e4m3 weights scaled per block, activations e4m3 per group")
-    assert told["ep4.1s"] == ("expert parallelism", "rank 1 of 4, experts dealt out in turn")
-    assert told["win"] == ("router weight on input", "applied on input") and told["limit7"] == ("clamp", "7")
-    assert told["what"] == ("unknown", "what") and told["swap.copy_"] == ("scenario", "swap.copy_")
-    assert words.defaults()["layout"].startswith("nk") and words.defaults()["topk_ids"] == "int32"
-
-
-def test_every_word_of_the_grammar_is_told():
-    from harness.problem.case import ROUTINGS
-
-    assert set(words.SPOKEN["routing"]) == set(ROUTINGS)
-
-
+# -- the command ------------------------------------------------------------------------------------------------------
 def test_the_command_writes_one_page(tmp_path, capsys):
     file = Results(tmp_path / "r.jsonl", "abc")
     file.append(Verdict("t1-h64-i64-e4-k2-bf16-exact", "triton", "cpu", "passed", "layers").record())

@@ -3,10 +3,10 @@
 import pytest
 
 from harness.device import Device
-from harness.problem.families import layer_questions, rows
+from harness.problem.families import rows
 from harness.run.case import run_case
 from harness.session.applies import why_not
-from tests.support.broken import FAULTS, Broken
+from tests.support.broken import FAULTS, Broken, layer_families
 from tests.support.emulated import Emulated
 
 CPU = Device("cpu")
@@ -21,7 +21,7 @@ def inner_for(family: str):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("module", layer_questions(), ids=lambda m: m.FAMILY)
+@pytest.mark.parametrize("module", layer_families(), ids=lambda m: m.FAMILY)
 def test_a_broken_backend_fails_in_every_family(module, fault):
     inner = inner_for(module.FAMILY)
     asked = [r.case for r in rows(module, on_cpu=True) if why_not(r.case, inner, CPU) is None]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from harness.backend import Layer
-from harness.run.case import run_case
+from harness.problem import families
 
 FAULTS: dict[str, Callable[..., Any]] = {}
 
@@ -21,6 +22,11 @@ FAULTS: dict[str, Callable[..., Any]] = {}
 def fault(function: Callable[..., Any]) -> Callable[..., Any]:
     FAULTS[function.__name__] = function
     return function
+
+
+def layer_families() -> list[ModuleType]:
+    """The families that judge the layer's output: all but the timed one and those of a single stage."""
+    return [module for module in families.untimed() if not hasattr(module, "STAGE")]
 
 
 class Broken:
@@ -39,7 +45,7 @@ class Broken:
             def run(x=hidden_states, weights=topk_weights, ids=topk_ids, into=out):
                 return self.inner.prepare(spoiled.problem, spoiled, **options)(x, weights, ids, out=into)
 
-            return self.fault(run_case, spoiled, hidden_states, topk_weights, topk_ids)
+            return self.fault(run, spoiled, hidden_states, topk_weights, topk_ids)
 
         return call
 
@@ -52,14 +58,14 @@ def _rows(layer: Layer, tensor: torch.Tensor) -> int:
 @fault
 def zeros(run, layer, x, weights, ids):
     """The kernel computes nothing: an all-zeros output passes many tests in the field."""
-    return run_case().zero_()
+    return run().zero_()
 
 
 @fault
 def gate_up_swapped(run, layer, x, weights, ids):
     """Gate and up change places."""
     if layer.problem.activation == "relu2":
-        return run_case().neg_()  # there is no up: any other structural fault will do
+        return run().neg_()  # there is no up: any other structural fault will do
     packed = layer.problem.activation != "swigluoai"
 
     def swap(t):
@@ -71,7 +77,7 @@ def gate_up_swapped(run, layer, x, weights, ids):
         return t.unflatten(dim, (-1, 2)).flip(dim + 1).flatten(dim, dim + 1)
 
     layer.w13, layer.w13_bias = swap(layer.w13), swap(layer.w13_bias)
-    return run_case()
+    return run()
 
 
 @fault
@@ -81,19 +87,19 @@ def wrong_expert(run, layer, x, weights, ids):
         t = getattr(layer, field.name)
         if isinstance(t, torch.Tensor) and field.name.startswith(("w13", "w2")):
             setattr(layer, field.name, t.roll(1, 0))
-    return run_case()
+    return run()
 
 
 @fault
 def slot_dropped(run, layer, x, weights, ids):
     """The last slot of every token is left out."""
-    return run_case(ids=torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], -1)], 1))
+    return run(ids=torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], -1)], 1))
 
 
 @fault
 def weight_twice(run, layer, x, weights, ids):
     """The router weight is applied on input and again on output: its square."""
-    return run_case(weights=weights * weights)
+    return run(weights=weights * weights)
 
 
 @fault
@@ -101,20 +107,20 @@ def bias_missing(run, layer, x, weights, ids):
     """The biases are forgotten."""
     layer.w13_bias = layer.w2_bias = None
     layer.problem = replace(layer.problem, bias=False)
-    return run_case()
+    return run()
 
 
 @fault
 def gemm2_skipped(run, layer, x, weights, ids):
     """The second GEMM is skipped: its bias alone comes out."""
     layer.w2 = torch.zeros_like(layer.w2)
-    return run_case()
+    return run()
 
 
 @fault
 def last_row_unwritten(run, layer, x, weights, ids):
     """The last token's row keeps what was in memory."""
-    out = run_case()
+    out = run()
     out[-1:] = float("nan")
     return out
 
@@ -122,13 +128,13 @@ def last_row_unwritten(run, layer, x, weights, ids):
 @fault
 def one_percent(run, layer, x, weights, ids):
     """Everything is one percent too large: a wrong scale."""
-    return run_case().mul_(1.01)
+    return run().mul_(1.01)
 
 
 @fault
 def stale_rows(run, layer, x, weights, ids):
     """Each row of hidden_states is taken from the token before."""
-    return run_case(x=x.roll(1, 0))
+    return run(x=x.roll(1, 0))
 
 
 def judge_family(name: str, inner: Any, device: Any, every: int = 1) -> dict[str, tuple[int, int]]:
@@ -154,11 +160,10 @@ def main() -> None:
     from harness.device import Device, start
 
     start({"cpu"})
-    from harness.problem.families import layer_questions
     from kernels.triton.backend import TritonPermuteMoE
     from tests.support.emulated import Emulated
 
-    names = [m.FAMILY for m in layer_questions()]
+    names = [m.FAMILY for m in layer_families()]
     table = {}
     for name in names:
         # Scratch objects and refusals need a backend that has them; for the rest plain torch does, and is faster.
