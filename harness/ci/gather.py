@@ -205,7 +205,7 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.rglob("*.jsonl"))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python3 -m harness.ci.gather", description="The results of many jobs, gathered.")
     add_arguments(parser)
     return parser
@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code of `gather`, or 2 for wrong arguments."""
     try:
-        return gather(_parser().parse_args(argv))
+        return gather(parser().parse_args(argv))
     except UserError as error:
         print(f"moe-harness: {error}", file=sys.stderr)
         return 2

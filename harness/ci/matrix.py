@@ -1,11 +1,11 @@
-"""The CI matrix: the rows of matrix.toml, what a row's shard runs, and the list of jobs that CI makes of them.
+"""The CI matrix: the rows of matrix.toml, the command of a row's shard, and the list of jobs.
 
-Needs nothing but the standard library, so that a job can ask before anything is installed:
+Needs the standard library alone, so a job can use it before anything is installed:
 
     python3 -m harness.ci.matrix --json --when change      the jobs, for GitHub's fromJSON
-    python3 -m harness.ci.matrix --install ROW             what a row needs, into .venv (--venv: elsewhere)
+    python3 -m harness.ci.matrix --install ROW             installs the packages of a row into .venv (--venv: elsewhere)
 
-A row is run by `python3 -m harness matrix ROW` (commands/matrix.py), in CI as anywhere else.
+`python3 -m harness matrix ROW` (commands/matrix.py) runs a row, in CI and elsewhere.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ DURATIONS = ROOT / "cases" / "durations.toml"
 DEVICES = ("cpu", "cuda", "xpu", "xpu-emulated")
 WHEN = ("change", "nightly")
 SELF_HOSTED = "self-hosted"
-#: What a job's environment is told, and records carry on: results/file.py.
+#: Environment variables of a job; results/file.py writes them into every record.
 ROW, SHARD = "MOE_HARNESS_ROW", "MOE_HARNESS_SHARD"
 
 
 class MatrixError(UserError):
-    """matrix.toml, or what was asked of it, is wrong; the message names the row, the key and what is valid."""
+    """matrix.toml, or a request for a row, is wrong; the message names the row, the key and what is valid."""
 
 
 @dataclass(frozen=True)
 class MatrixRow:
-    """One row; the words are explained at the top of matrix.toml."""
+    """One row; the head of matrix.toml explains the keys."""
 
     name: str
     runner: tuple[str, ...]
@@ -63,13 +63,13 @@ class MatrixRow:
 
     @property
     def own_labels(self) -> set[str]:
-        """The labels that tell this runner from those of the host; none for a hosted runner."""
+        """The labels of a self-hosted runner beside "self-hosted"; none for a hosted runner."""
         return set(self.runner) - {SELF_HOSTED} if SELF_HOSTED in self.runner else set()
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 def read(path: Path | None = None) -> dict[str, MatrixRow]:
-    """The rows by name, in the order of the file (matrix.toml). MatrixError says what is wrong with it."""
+    """{name: row} in the order of the file (matrix.toml). MatrixError: it cannot be used."""
     path = path or PATH
     tables = toml.read(path, MatrixError)
     if not tables:
@@ -131,7 +131,7 @@ def _is_floor(value: Any) -> bool:
     )
 
 
-#: What a key's value must be, as a test and in words.
+#: {key: (a test of its value, the valid values in words)}.
 VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "runner": (lambda value: bool(value) and (_text(value) or _words(value)), "a label, or a list of labels"),
     "device": (lambda value: value in DEVICES, f"one of {', '.join(DEVICES)}"),
@@ -152,6 +152,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def row_named(name: str, rows: dict[str, MatrixRow]) -> MatrixRow:
+    """The row of that name. MatrixError: there is none."""
     if name not in rows:
         raise MatrixError(f"{name}: no such row; one of {', '.join(rows)}")
     return rows[name]
@@ -159,7 +160,7 @@ def row_named(name: str, rows: dict[str, MatrixRow]) -> MatrixRow:
 
 # -- shards and jobs --------------------------------------------------------------------------------------------------
 def shard_of(text: str) -> tuple[int, int]:
-    """ "2/4" -> (2, 4): the second of four."""
+    """ "2/4" -> (2, 4), the second of four. MatrixError: the text is no shard."""
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise MatrixError(f"--shard {text}: I/N with I from 1 to N, such as 2/4")
@@ -167,12 +168,12 @@ def shard_of(text: str) -> tuple[int, int]:
 
 
 def takes_part(row: MatrixRow, when: str, runners: Iterable[str]) -> bool:
-    """Whether a row runs on this occasion, where self-hosted runners with these labels are registered."""
+    """Whether a row runs at `when`, given the labels of the registered self-hosted runners."""
     return when in row.when and row.own_labels <= set(runners)
 
 
 def jobs(rows: Iterable[MatrixRow]) -> dict[str, Any]:
-    """What GitHub's strategy.matrix takes: a job for every shard, and one for every row that compares."""
+    """The jobs in the form of GitHub's strategy.matrix: one for every shard, one for every row that compares."""
     rows = list(rows)
 
     def job(row: MatrixRow, **more: Any) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def jobs(rows: Iterable[MatrixRow]) -> dict[str, Any]:
 
 # -- commands ---------------------------------------------------------------------------------------------------------
 def pytest_command(row: MatrixRow, shard: str, path: Path, more: Iterable[str] = ()) -> list[str]:
-    """What runs one shard and appends its verdicts to the results file `path`."""
+    """The command that runs one shard and appends its verdicts to the results file `path`."""
     device = row.device.removesuffix("-emulated")
     command = pytest_words(device, path)
     command += [f"--require-device={device}"] if device == row.device else []
@@ -200,20 +201,21 @@ def pytest_command(row: MatrixRow, shard: str, path: Path, more: Iterable[str] =
 
 
 def spread(row: MatrixRow) -> list[str]:
-    """On the CPU, a worker process for every core; on a GPU the plugin chooses; what is timed runs alone."""
-    alone = row.device in ("cuda", "xpu") or "perf" in row.markers
-    return [] if alone else workers()
+    """xdist options: a worker for every core on the CPU. On a GPU the plugin decides; timed runs use one process."""
+    return [] if row.device in ("cuda", "xpu") or "perf" in row.markers else workers()
 
 
 def variables(row: MatrixRow, shard: str) -> dict[str, str]:
-    """What the environment of a shard holds besides."""
+    """The additional environment variables of a shard."""
     return {**row.environment, ROW: row.name, SHARD: shard}
 
 
 def install_commands(row: MatrixRow, venv: str = ".venv") -> list[list[str]]:
-    """What makes the virtual environment of a row. Without a Python of its own, the machine's packages stay as they
-    are (a torch built for its GPU) and the rest is added. The packages under test come alone: many
-    would bring a torch of their own."""
+    """The commands that make the virtual environment of a row.
+
+    A row without its own Python keeps the machine's packages, such as a torch built for its GPU, and adds the missing
+    ones. The packages under test are installed without their dependencies: many depend on another torch.
+    """
     system = [] if row.python else ["--system-site-packages"]
     what = f".[{','.join(row.extras)}]" if row.extras else "."
     constraints = ["-c", row.constraints] if row.constraints else []
@@ -224,21 +226,21 @@ def install_commands(row: MatrixRow, venv: str = ".venv") -> list[list[str]]:
 
 # -- the command line of this module ----------------------------------------------------------------------------------
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that need nothing installed."""
+    """Declare the arguments that need nothing installed."""
     parser.add_argument("row", nargs="?", metavar="ROW", help="a row of matrix.toml")
     parser.add_argument("--json", action="store_true", help="the jobs, as GitHub's strategy.matrix has them")
     parser.add_argument("--when", choices=WHEN, help="with --json: only rows that run then")
     parser.add_argument("--runners", metavar="LABELS", help="with --json: own labels of the self-hosted runners (all)")
-    parser.add_argument("--install", action="store_true", help="make a virtual environment with what ROW needs")
+    parser.add_argument("--install", action="store_true", help="make a virtual environment with the packages of ROW")
     parser.add_argument("--venv", default=".venv", metavar="DIR", help="with --install: where (.venv)")
 
 
 def plain(args: argparse.Namespace) -> int:
-    """--json and --install."""
+    """Run --json or --install. MatrixError: the row or matrix.toml is wrong."""
     rows = read()
     if args.install:
         if not args.row:
-            raise MatrixError(f"--install: of which row? one of {', '.join(rows)}")
+            raise MatrixError(f"--install: needs a row, one of {', '.join(rows)}")
         for command in install_commands(row_named(args.row, rows), args.venv):
             print(f"moe-harness: {shlex.join(command)}", flush=True)
             if code := subprocess.run(command, cwd=ROOT).returncode:
@@ -257,18 +259,19 @@ def plain(args: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser("python3 -m harness.ci.matrix", description="What needs no installation.")
-    add_arguments(found)
-    return found
+    parser = argparse.ArgumentParser("python3 -m harness.ci.matrix", description="The commands without installation.")
+    add_arguments(parser)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, 2 for wrong arguments."""
     args = parser().parse_args(argv)
     try:
         if not (args.json or args.install):
             raise MatrixError("--json or --install; to list and run rows: python3 -m harness matrix")
         return plain(args)
-    except MatrixError as error:
+    except UserError as error:
         print(f"moe-harness: {error}", file=sys.stderr)
         return 2
 

@@ -38,7 +38,7 @@ def show(args: argparse.Namespace) -> int:
     modules = {module.FAMILY: module for module in families.families()}
     if args.family and args.family not in modules:
         raise UserError(f"--family {args.family}: one of {', '.join(sorted(modules))}")
-    total = 0
+    lines, total = [], 0
     for family, module in sorted(modules.items()):
         if args.family not in (None, family):
             continue
@@ -52,9 +52,10 @@ def show(args: argparse.Namespace) -> int:
         else:
             fills = Counter(row.case.fill for row in rows)
             parts = ", ".join(f"{fills[fill]} {fill}" for fill in FILLS if fills[fill])
-            print(cut(f"{family:24} {len(rows):5} cases ({parts or 'none'})  {_first_line(module)}").rstrip())
+            lines.append((family, str(len(rows)), f"cases ({parts or 'none'})  {_first_line(module)}"))
     if not args.why:
-        print(f"{'all':24} {total:5} cases on {device}" + (f" for {backend.name}" if backend else ""))
+        lines.append(("all", str(total), f"cases on {device}" + (f" for {backend.name}" if backend else "")))
+        print("\n".join(map(cut, aligned(lines, right={1}, gap=1))))
     return 0
 
 

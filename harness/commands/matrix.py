@@ -1,4 +1,4 @@
-"""moe-harness matrix: the rows of matrix.toml listed, run, and given to CI."""
+"""`moe-harness matrix`: list the rows of matrix.toml, run one, print the jobs of CI."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from harness import device as devices
 from harness.base.arguments import positionals_after_options
 from harness.base.errors import UserError
 from harness.base.processes import ROOT, environment, exit_code
+from harness.base.table import aligned
 from harness.base.text import number
-from harness.ci import matrix
+from harness.ci import gather, matrix
+from harness.ci.durations import condensed
 from harness.ci.matrix import MatrixRow
+from harness.results.merge import merge
 
 
 def register(add: Callable[..., Any]) -> None:
-    """Declares the command's arguments."""
+    """Declare the command's arguments."""
     sub = add(command, "matrix", "The rows of the CI matrix; or one of them, run here exactly as CI does.")
     matrix.add_arguments(sub)
     sub.add_argument("--shard", default="", metavar="I/N", help="the I-th of N parts (all that a row has, in one)")
     sub.add_argument("--results", type=Path, metavar="PATH", help="the results file (in results/, named after the row)")
     sub.add_argument("--compare", nargs=2, metavar=("BASE", "HEAD"), help="the row's `moe-harness compare` instead")
     sub.add_argument("--durations", nargs="+", metavar="RESULTS", help="print a durations file made of these results")
-    sub.add_argument("pytest", nargs="*", metavar="-- PYTEST OPTION", help="handed on to pytest")
+    sub.add_argument("pytest", nargs="*", metavar="-- PYTEST OPTION", help="passed on to pytest")
     positionals_after_options(sub, "pytest")
 
 
 def command(args: argparse.Namespace) -> int:
+    """List the rows or run one. MatrixError, ResultsError, UserError: an argument or a file cannot be used."""
     if args.json or args.install:
         return matrix.plain(args)
     if args.durations:
@@ -47,9 +51,6 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _durations(paths: list[str]) -> int:
-    from harness.ci.durations import condensed
-    from harness.results.merge import merge
-
     records, remarks = merge(paths)
     for remark in remarks:
         print(f"moe-harness: {remark}", file=sys.stderr)
@@ -59,20 +60,16 @@ def _durations(paths: list[str]) -> int:
 
 # -- the list ---------------------------------------------------------------------------------------------------------
 def _table(rows: list[MatrixRow]) -> list[str]:
-    lines: list[tuple[str, ...]] = [
-        ("row", "runner", "device", "markers", "shards", "minutes", "when", "floor", "here")
-    ]
+    lines = [("row", "runner", "device", "markers", "shards", "minutes", "when", "floor", "here")]
     why: dict[str, list[str]] = {}
     for row in rows:
         floor = f"{sum(row.floor.values())} ({number(len(row.floor), 'backend')})"
-        words = [row.name, " ".join(row.runner), row.device, row.markers or "-", row.shards, row.minutes]
-        reason = absent(row)
-        if reason:
+        if reason := absent(row):
             why.setdefault(reason, []).append(row.name)
-        lines.append((*map(str, words), ", ".join(row.when), floor, "no" if reason else "yes"))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    table = ["  ".join(word.ljust(n) for word, n in zip(line, widths)).rstrip() for line in lines]
-    return [*table, *(f"not here: {', '.join(names)}: {reason}" for reason, names in why.items())]
+        here, when = "no" if reason else "yes", ", ".join(row.when)
+        runner, markers = " ".join(row.runner), row.markers or "-"
+        lines.append((row.name, runner, row.device, markers, str(row.shards), str(row.minutes), when, floor, here))
+    return [*aligned(lines), *(f"not here: {', '.join(names)}: {reason}" for reason, names in why.items())]
 
 
 def absent(row: MatrixRow) -> str:
@@ -91,22 +88,21 @@ def _run(row: MatrixRow, args: argparse.Namespace) -> int:
     name = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{row.name}-{number}of{count}.jsonl"
     path = args.results or Path("results") / name
     words = matrix.pytest_command(row, shard, path, args.pytest)
-    told = [f"{name}={shlex.quote(value)}" for name, value in matrix.variables(row, shard).items()]
-    print(f"moe-harness: {' '.join(told)} {shlex.join(['python3', *words[1:]])}", flush=True)
+    variables = [f"{name}={shlex.quote(value)}" for name, value in matrix.variables(row, shard).items()]
+    print(f"moe-harness: {' '.join(variables)} {shlex.join(['python3', *words[1:]])}", flush=True)
     returned = subprocess.run(words, env=environment() | matrix.variables(row, shard)).returncode
     code = exit_code(returned)
     if returned < 0:
         return code
     if count > 1 or args.pytest:
-        print(f"moe-harness: the floor of {row.name} is for all its shards, whole: python3 -m harness summary RESULTS")
+        print(
+            f"moe-harness: the floor of {row.name} is for all its shards: python3 -m harness summary RESULTS"
+        )
         return code
     return max(code, _below_floor(row, path))
 
 
 def _below_floor(row: MatrixRow, path: Path) -> int:
-    from harness.ci import gather
-    from harness.results.merge import merge
-
     problems = gather.below_floor(row, gather.last_of_each(merge([path])[0]))
     for problem in problems:
         print(f"moe-harness: {problem}")

@@ -1,4 +1,4 @@
-"""moe-harness report: one HTML file of any number of results files."""
+"""`moe-harness report`: one HTML page of any number of results files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.base.errors import UserError
 
 
 def register(add: Callable[..., Any]) -> None:
-    """Declares the command's arguments."""
+    """Declare the command's arguments."""
     sub = add(report, "report", "One self-contained HTML file of any number of results files, from any machines.")
     sub.add_argument("results", nargs="+", metavar="RESULTS", help="a results file, a directory of them, or a pattern")
     sub.add_argument("--out", type=Path, default=Path("report.html"), metavar="PATH", help="the page (report.html)")
@@ -20,6 +20,7 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def report(args: argparse.Namespace) -> int:
+    """Write the page. UserError: no record can be read, or the page cannot be written."""
     from harness.base.text import number
     from harness.report import data, page
     from harness.results import merge, summary

@@ -1,4 +1,4 @@
-"""`moe-harness verify` and `moe-harness floor`: the whole battery on every device that is here."""
+"""`moe-harness verify`, the whole suite on every device of this machine, and `moe-harness floor`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from harness.results.floor import new_floor
 
 
 def register(add: Callable[..., Any]) -> None:
-    sub = add(verify, "verify", "The whole battery on every device that is here, a process for each.")
+    """Declare the arguments of both commands."""
+    sub = add(verify, "verify", "The whole suite on every device of this machine, one process for each.")
     sub.add_argument("--device", action="append", choices=DEVICES, help="only this device (repeatable)")
     sub.add_argument("--backend", action="append", default=[], metavar="SPEC", help="only this backend (repeatable)")
     sub.add_argument("--jobs", type=int, metavar="N", help="pytest-xdist workers (all cores; on a GPU at most 4)")
-    sub.add_argument("pytest", nargs="*", metavar="-- PYTEST OPTION", help="handed on to pytest")
+    sub.add_argument("pytest", nargs="*", metavar="-- PYTEST OPTION", help="passed on to pytest")
 
-    sub = add(floor, "floor", "A floor file made from a results file: 90 %% of what the last run executed.")
+    sub = add(floor, "floor", "A floor file from a results file: 90 %% of the verdicts that the last run executed.")
     sub.add_argument("results", type=Path, help="a results file (JSON Lines)")
 
 
 def verify(args: argparse.Namespace) -> int:
+    """Run pytest once for each device. Returns the worst exit code."""
     codes = []
     for name in args.device or devices.present():
         command = pytest_command(name, args.backend, args.jobs, args.pytest)
@@ -41,7 +43,7 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def pytest_command(device: str, specs: list[str], jobs: int | None, more: list[str]) -> list[str]:
-    """One device's part of `verify`."""
+    """The pytest command for one device. specs: values of --backend; jobs: workers; more: further words for pytest."""
     path = Path("results") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-{device}.jsonl"
     command = [*pytest_words(device, path), f"--floor={ROOT / 'cases' / 'floor.toml'}"]
     command += [f"--backend={spec}" for spec in specs]
@@ -50,6 +52,7 @@ def pytest_command(device: str, specs: list[str], jobs: int | None, more: list[s
 
 
 def floor(args: argparse.Namespace) -> int:
+    """Print a floor file. UserError: the results file holds no records."""
     records, remarks = read_results(args.results)
     for remark in remarks:
         print(f"moe-harness: {remark}", file=sys.stderr)

@@ -63,7 +63,7 @@ def table(records: list[Record], by_family: bool = True, width: int = WIDTH) -> 
     places = sorted({_place(r) for r in records}, key=lambda place: place.rpartition("@")[::-1])
     families = sorted({family for _, family in groups})
     columns = [[family, *(cell(groups.get((place, family), [])) for place in places)] for family in families]
-    lines = []
+    lines: list[str] = []
     for fold in _folds(columns, width - max(map(len, places))):
         lines += [""] if lines else []
         lines += aligned(zip(["", *places], *fold), right=range(1, len(fold) + 1), gap=GAP)

@@ -126,7 +126,7 @@ def test_rows_take_part_where_their_runners_are(rows, capsys, words, chosen, tol
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
 @pytest.mark.parametrize("module, words", [("matrix", ["--json", "--when", "change"]), ("gather", ["--help"])])
 def test_nothing_needs_to_be_installed_for_the_jobs_at_either_end(module, words):
-    command = [sys.executable, "-S", "-m", f"harness.{module}", *words]
+    command = [sys.executable, "-S", "-m", f"harness.ci.{module}", *words]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
