@@ -1,17 +1,17 @@
-"""Triton's CPU interpreter, mended: correct bf16 and fp8 arithmetic, and fewer Python calls per operation.
+"""Triton's CPU interpreter, corrected: right bf16 and fp8 arithmetic, and fewer Python calls per operation.
 
-TRITON_INTERPRET=1 makes @triton.jit kernels run on CPU tensors, operation by operation in numpy. bf16 and fp8 are no
-numpy types: Triton keeps their bits in unsigned integers, converts float32 to bf16 by truncation, gets fp8 wrong at
-ties, in subnormals and beyond the largest value, and multiplies the *bits* of bf16 matrices in tl.dot. All of that
-happens in a few methods of one class, which `enable` replaces:
+TRITON_INTERPRET=1 makes @triton.jit kernels run on CPU tensors, operation by operation in numpy. bf16 and fp8 are not
+numpy types: Triton keeps their bits in unsigned integers, converts float32 to bf16 by truncation, rounds fp8 wrongly at
+ties, in subnormals and beyond the largest value, and multiplies the *bits* of bf16 matrices in tl.dot. `enable`
+replaces the few methods that do so:
 
     conversions      exact to float32, then rounded once to nearest even (ml_dtypes); fp8 saturates, see `encode`
-    tl.dot           operands exact in float32, products summed in float32
-    bf16 operators   computed in float32, rounded to bf16, which is what a GPU does
-    masked loads     lanes that are masked off, and have no `other`, are NaN or a large number: on a GPU, undefined
-    launches         one at a time: the interpreter keeps the position in the grid in one global place
+    tl.dot           products summed in float64, the sum rounded to float32: the same bits in every row of a block
+    bf16 operators   computed in float32, rounded to bf16, as on a GPU
+    masked loads     masked lanes without `other` are NaN or a large number: on a GPU they are undefined
+    launches         one at a time: the interpreter keeps the position in the grid in a global variable
 
-Kernels know nothing of this module.
+Kernels do not know this module. trace/__init__.py lists all patches of Triton.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _STORED_AS_BITS = {
 }
 _LARGEST = {"fp8e4nv": 448.0, "fp8e5": 57344.0}
 _enabled = False
-#: triton.language, once `enable` has imported it: `_probe` finds it here as a kernel finds its imports.
+#: triton.language, once `enable` has imported it: a global of `_probe`, as of every kernel.
 tl: Any = None
 
 
 def enable() -> None:
-    """Make this process interpret Triton kernels, with the mends. Any number of calls.
+    """Make this process interpret Triton kernels, corrected. May be called repeatedly.
 
-    Sets TRITON_INTERPRET=1. RuntimeError if Triton was imported without it: what its standard library holds are then
-    functions to be compiled, which interpreted kernels cannot call.
+    Sets TRITON_INTERPRET=1. RuntimeError if Triton was imported without it: its standard library then consists of
+    compiled functions, which interpreted kernels cannot call.
     """
     global _enabled, tl
     if _enabled:
@@ -56,16 +56,16 @@ def enable() -> None:
     from triton.runtime import interpreter
 
     tl = triton.language
-    _mend_arithmetic(interpreter)
-    _mend_loads(interpreter)
-    _mend_speed(interpreter)
+    _patch_arithmetic(interpreter)
+    _patch_loads(interpreter)
+    _patch_speed(interpreter)
     _one_launch_at_a_time(interpreter.GridExecutor)
     _enabled = True
 
 
 @functools.cache
 def usable() -> str | None:
-    """None, or one line: why Triton kernels cannot be interpreted here (triton 3.6 breaks with numpy 2.4, say)."""
+    """None, or one line: why Triton kernels cannot be interpreted here (triton 3.6 breaks with numpy 2.4, for one)."""
     try:
         enable()
         import triton
@@ -81,7 +81,7 @@ def usable() -> str | None:
 
 
 def _probe(out, n, BLOCK: tl.constexpr):  # type: ignore[name-defined]  # tl is bound at run time
-    # Loops over a runtime bound: the construct that newer numpy versions broke.
+    # A loop with a runtime bound: newer numpy versions broke it.
     total = tl.arange(0, BLOCK)
     for _ in range(0, n):
         total += 1
@@ -90,8 +90,8 @@ def _probe(out, n, BLOCK: tl.constexpr):  # type: ignore[name-defined]  # tl is 
 
 def decode(data: np.ndarray, dtype) -> np.ndarray:
     """The numbers in an interpreter array of Triton dtype: bf16 and fp8 bits become float32, exactly."""
-    held = _STORED_AS_BITS.get(dtype.name)
-    return data if held is None else np.ascontiguousarray(data).view(held).astype(np.float32)
+    stored = _STORED_AS_BITS.get(dtype.name)
+    return data if stored is None else np.ascontiguousarray(data).view(stored).astype(np.float32)
 
 
 def encode(numbers: np.ndarray, dtype) -> np.ndarray:
@@ -102,17 +102,17 @@ def encode(numbers: np.ndarray, dtype) -> np.ndarray:
     """
     from triton.runtime.interpreter import _get_np_dtype
 
-    held = _STORED_AS_BITS.get(dtype.name)
-    if held is None:
+    stored = _STORED_AS_BITS.get(dtype.name)
+    if stored is None:
         return numbers.astype(_get_np_dtype(dtype))
-    # float64 (no kernel here has it) would round twice; every narrower type widens exactly.
+    # float64, which no kernel here uses, would round twice; every narrower type widens exactly.
     numbers = numbers.astype(np.float32)
     if dtype.name in _LARGEST:
         numbers = np.clip(numbers, -_LARGEST[dtype.name], _LARGEST[dtype.name])  # clip keeps NaN
-    return numbers.astype(held).view(_get_np_dtype(dtype))
+    return numbers.astype(stored).view(_get_np_dtype(dtype))
 
 
-def _mend_arithmetic(interpreter) -> None:
+def _patch_arithmetic(interpreter) -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     convert_as_shipped = interpreter._convert_float
     towards_zero = interpreter._ir.ROUNDING_MODE.RTZ
@@ -120,11 +120,11 @@ def _mend_arithmetic(interpreter) -> None:
 
     def cast_impl(self, src, dst_type):
         src_type, dst_type = src.dtype.scalar, dst_type.scalar
-        with np.errstate(all="ignore"):  # overflow to infinity is a result, not a mishap
+        with np.errstate(all="ignore"):  # overflow to infinity is a result, not an error
             return handle(encode(decode(src.data, src_type), dst_type), dst_type)
 
     def convert_float(data, src_type, dst_type, rounding_mode):
-        # Returns bits: callers take a view of the type they need.
+        # Returns bits, which callers view as the type that they need.
         if rounding_mode == towards_zero or not {src_type.name, dst_type.name} <= known:
             return convert_as_shipped(data, src_type, dst_type, rounding_mode)
         with np.errstate(all="ignore"):
@@ -135,10 +135,11 @@ def _mend_arithmetic(interpreter) -> None:
         if not a.dtype.scalar.is_floating():
             return dot_as_shipped(self, a, b, d, input_precision, max_num_imprecise_acc)
         wide = np.float64 if d.data.dtype == np.float64 else np.float32
-        a_data = decode(a.data, a.dtype.scalar).astype(wide, copy=False)
-        b_data = decode(b.data, b.dtype.scalar).astype(wide, copy=False)
+        # In float64, then rounded once: a BLAS may sum the rows of a block in different orders (OpenBLAS on Zen 3
+        # does), and a row would have other bits at another place in its block.
+        a_data, b_data = (decode(t.data, t.dtype.scalar).astype(np.float64, copy=False) for t in (a, b))
         with np.errstate(all="ignore"):
-            total = np.matmul(a_data, b_data) + decode(d.data, d.dtype.scalar)
+            total = np.matmul(a_data, b_data).astype(wide, copy=False) + decode(d.data, d.dtype.scalar)
         return handle(encode(total, d.dtype.scalar), d.dtype.scalar)
 
     dot_as_shipped = builder.create_dot
@@ -155,7 +156,7 @@ def _through_float32(operator, handle):
     def wrapped(self, *args):
         *operands, function = args
         dtype = operands[-1].dtype.scalar
-        if dtype.name not in _STORED_AS_BITS or function is np.where:  # a selection of bits is a selection of numbers
+        if dtype.name not in _STORED_AS_BITS or function is np.where:  # selecting bits selects numbers
             with np.errstate(all="ignore"):
                 return operator(self, *args)
         with np.errstate(all="ignore"):
@@ -165,23 +166,23 @@ def _through_float32(operator, handle):
     return wrapped
 
 
-#: By element size: an integer type, and the bits of what nobody defined, NaN in every floating format of that size.
+#: {element size: the bits of an undefined element}: NaN in every floating format of that size, a large integer.
 _UNDEFINED: dict[int, np.generic] = {
     1: np.uint8(0x7F), 2: np.uint16(0x7FFD), 4: np.uint32(0x7FFDA5A5), 8: np.uint64(0x7FFDA5A57FFDA5A5)
 }  # fmt: skip
 
 
 def undefined(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """What lanes that are not loaded hold: NaN, or a large number, in an interpreter array of this numpy type."""
+    """The content of lanes that are not loaded: NaN, or a large number, in an interpreter array of this numpy type."""
     return np.ones(shape, bool) if dtype.kind == "b" else np.full(shape, _UNDEFINED[dtype.itemsize]).view(dtype)
 
 
-def _mend_loads(interpreter) -> None:
+def _patch_loads(interpreter) -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     load_as_shipped = builder.create_masked_load
 
     def create_masked_load(self, ptrs, mask, other, *rest):
-        # Shipped: zeros, which no GPU promises.
+        # Shipped: zeros. No GPU guarantees them.
         if other is None and not mask.data.all():
             element = ptrs.get_element_ty()
             other = handle(undefined(ptrs.data.shape, interpreter._get_np_dtype(element)), element)
@@ -190,7 +191,7 @@ def _mend_loads(interpreter) -> None:
     builder.create_masked_load = create_masked_load
 
 
-def _mend_speed(interpreter) -> None:
+def _patch_speed(interpreter) -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
     def create_erf(self, arg):
@@ -199,9 +200,9 @@ def _mend_speed(interpreter) -> None:
         return handle(exact.astype(arg.data.dtype), arg.dtype.scalar)
 
     builder.create_erf = create_erf
-    # Shipped: every integer addition and product is repeated in int64 for an assertion that only debug mode evaluates.
+    # Shipped: integer additions and products are repeated in int64 for an assertion that only debug mode evaluates.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
-    # Shipped: a dictionary of all types is built to look one up.
+    # Shipped: each look-up builds a dictionary of all types.
     numpy_type_as_shipped = interpreter._get_np_dtype
     numpy_types: dict[str, np.dtype] = {}
 
@@ -215,8 +216,8 @@ def _mend_speed(interpreter) -> None:
 
     interpreter._get_np_dtype = get_np_dtype
     _keep_types()
-    # Shipped: triton.language is patched anew, attribute by attribute, at every launch and for every call of one
-    # @triton.jit function by another. A process with TRITON_INTERPRET=1 compiles nothing, so patching once will do.
+    # Shipped: triton.language is patched again, attribute by attribute, at every launch and for every call of one
+    # @triton.jit function by another. A process with TRITON_INTERPRET=1 compiles nothing, so one patch is enough.
     patch_language = interpreter._patch_lang
     patched: set[int] = set()
 
@@ -234,13 +235,15 @@ def _mend_speed(interpreter) -> None:
     interpreter._patch_lang = patch_once
 
 
-#: Types of blocks to keep: pointers have types of their own in every launch.
+#: Types of blocks to keep. Every launch makes new pointer types.
 _MOST_TYPES = 10_000
 
 
 def _keep_types() -> None:
-    """What a block's type is made of, and a tensor of that type, is worked out once a type, not at every operation.
-    With it, shapes are compared as a whole."""
+    """Compute the attributes of a block's type, and of its tensors, once for each type instead of at every operation.
+
+    Compare shapes as a whole.
+    """
     from triton.language import core, semantic
 
     broadcast_as_shipped = semantic.TritonSemantic.broadcast_impl_value
@@ -248,7 +251,7 @@ def _keep_types() -> None:
     made: dict[tuple, dict[str, Any]] = {}
 
     def block_type(self, element_ty, shape):
-        # The element type lives as long as its entry: nothing else can come to have its id.
+        # The entry keeps the element type alive, so no other object can have its id.
         key = (id(element_ty), *[s.value if isinstance(s, core.constexpr) else s for s in shape])
         if key not in made:
             build_type(self, element_ty, shape)
@@ -267,7 +270,7 @@ def _keep_types() -> None:
         self.handle = handle
 
     def broadcast(self, lhs, rhs):
-        # Shipped: equal shapes are walked through as well, number by number.
+        # Shipped: equal shapes are compared number by number, too.
         left, right = (t.type.shape.values if t.type.is_block() else None for t in (lhs, rhs))
         return (lhs, rhs) if left == right else broadcast_as_shipped(self, lhs, rhs)
 
