@@ -19,7 +19,7 @@ from harness.device import DEVICES
 FLOOR = 0.98  #: of the bugs must be noticed
 ONE_IN = 6  #: entries that --part takes
 CONTROL_RUNS, CONTROL_RUNS_OF_PART = 2000, 200
-#: Seconds for a bug and for a case. A GPU compiles what it runs.
+#: Seconds for a bug and for a case. A GPU compiles each kernel that it runs.
 LIMITS = {"cpu": (120.0, 60.0), "gpu": (300.0, 300.0)}
 
 
@@ -29,13 +29,18 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument("entry", nargs="*", help="only these: names, classes, or patterns such as 'router-*' (all)")
     sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu)")
     sub.add_argument("--jobs", type=int, metavar="N", help="mutants at a time (all cores; on a GPU at most 12)")
-    sub.add_argument("--results", type=Path, metavar="PATH", help="the file to write; what it holds is not run again")
-    sub.add_argument("--part", action="store_true", help=f"one in {ONE_IN}, of every class: what CI runs")
-    sub.add_argument("--all", action="store_true", help="go on with each bug after the first case that notices")
     sub.add_argument(
-        "--against", metavar="RULE", help="judge the same calls by a rule of the field too, or by all of them (all)"
+        "--results", type=Path, metavar="PATH",
+        help="store outcomes here, and skip those that it holds (results/DATE-mutate-DEVICE.jsonl; with ENTRY: none)",
+    )  # fmt: skip
+    sub.add_argument("--part", action="store_true", help=f"one in {ONE_IN}, of every class: what CI runs")
+    sub.add_argument("--all", action="store_true", help="continue with each bug after the first case that notices it")
+    sub.add_argument(
+        "--against",
+        metavar="RULE",
+        help="judge the same calls by a rule of another test suite too, or by all rules (all)",
     )
-    sub.add_argument("--markdown", type=Path, metavar="PATH", help="the table of --against, for a README")
+    sub.add_argument("--markdown", type=Path, metavar="PATH", help="write the table of --against, for a README")
     sub.add_argument("--floor", type=float, default=FLOOR, metavar="SHARE", help=f"least share of kills ({FLOOR})")
     sub.add_argument(
         "--control-runs", type=int, metavar="N",
@@ -46,84 +51,90 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def mutate(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
+    from harness.base.table import aligned, markdown
     from harness.mutate import bugs, cause_score, process, runner, schedule, summary
-    from harness.mutate.outcomes import Store, digest, suite_digest
+    from harness.mutate.outcomes import OutcomesFile, entry_digest, suite_digest
     from harness.mutate.progress import Progress
 
     rules = _rules(args)
     if not 0 <= args.floor <= 1:
         raise UserError(f"--floor {args.floor:g}: a share, from 0 to 1")
-    try:
-        known = bugs.read()
-    except bugs.BugError as error:
-        raise UserError(str(error)) from error
-    chosen = schedule.part(known, ONE_IN) if args.part else known
-    chosen = _named(chosen, args.entry)
-    device, reason = runner.look(args.device)
+    known = bugs.read()
+    chosen = _select(schedule.sample(known, ONE_IN) if args.part else known, args.entry)
+    device, reason = runner.find_device(args.device)
     if device is None:
         raise UserError(f"--device {args.device}: {reason}")
     elsewhere = {name: bug for name, bug in chosen.items() if bug.device not in ("", device.name)}
     chosen = {name: bug for name, bug in chosen.items() if name not in elsewhere}
     if not chosen:
         raise UserError(f"--device {device.name}: can show none of {', '.join(elsewhere)}")
-    process.prepare(device)
-    jobs = _count("--jobs", args.jobs, _jobs(device))
+    process.preload(device)
+    jobs = _positive("--jobs", args.jobs, _jobs(device))
     tasks = _tasks(args, chosen, device, rules, jobs)
-    path = args.results or Path("results") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-mutate-{device.name}.jsonl"
-    file = Store(path, str(device))
+    path = args.results or (None if args.entry else _default_path(device))
+    file = OutcomesFile(path, str(device))
     suite = suite_digest()
-    marks = {task.bug.name: digest(task.bug, task.asking, suite) for task in tasks}
-    outcomes = [found for mark in marks.values() if (found := file.known(mark))]
-    done = {found.mutant for found in outcomes}
-    print(f"moe-harness: {_said(chosen)} on {device}, {jobs} at a time, into {path}", flush=True)
+    digests = {task.bug.name: entry_digest(task.bug, task.settings, suite) for task in tasks}
+    outcomes = [stored for digest in digests.values() if (stored := file.get(digest))]
+    done = {outcome.mutant for outcome in outcomes}
+    stored_in = f"into {path}" if path else "not stored"
+    print(f"moe-harness: {_describe_selection(chosen)} on {device}, {jobs} at a time, {stored_in}", flush=True)
     if outcomes:
         print(f"moe-harness: {len(outcomes)} of them are in it already")
     for name, bug in elsewhere.items():
-        print(f"not asked {name}: only {bug.device} can show it")
+        print(f"not run {name}: only {bug.device} can show it")
     progress = Progress(len(tasks), len(outcomes))
     before = {number: signal.signal(number, progress.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for found in runner.run([task for task in tasks if task.bug.name not in done], jobs, progress.watch):
-            found.digest = marks[found.mutant]
-            file.append(found)
-            outcomes.append(found)
-            progress.done(summary.line(found))
+        for outcome in runner.run([task for task in tasks if task.bug.name not in done], jobs, progress.watch):
+            outcome.digest = digests[outcome.mutant]
+            file.append(outcome)
+            outcomes.append(outcome)
+            progress.done(summary.outcome_line(outcome))
     except KeyboardInterrupt:
         progress.clear()
-        print(f"moe-harness: interrupted, {len(outcomes)} of {len(tasks)} done; to go on: --results {path}")
+        resume = f"; to continue: --results {path}" if path else ""
+        print(f"moe-harness: interrupted, {len(outcomes)} of {len(tasks)} done{resume}")
         return 130
     finally:
         file.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     progress.clear()
-    print("\n".join(summary.told(outcomes, known, whole=args.all or bool(rules))))
+    print("\n".join(summary.summary_lines(outcomes, known, whole=args.all or bool(rules))))
     if rules:
-        rows = summary.against(outcomes, rules)
-        print("\n".join(["", *summary.plain(rows)]))
+        header, rows = summary.RULES_HEADER, summary.rule_rows(outcomes, rules)
+        print("\n".join(["", *aligned([header, *rows])]))
         if args.markdown:
-            _write(args.markdown, summary.markdown(rows))
+            _write(args.markdown, "\n".join(markdown(header, rows)) + "\n")
     print("\n".join(["", *cause_score.score(outcomes, known).lines()]))
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"\n{progress.seconds:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of CPU time; results: {path}")
-    # Emulated is a contract that few backends have: who has none of them is not asked, and need not be.
-    return _verdict(args, [found for found in outcomes if not (device.emulated and found.outcome == "unasked")])
+    results = f"; results: {path}" if path else ""
+    print(f"\n{progress.seconds:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of CPU time{results}")
+    # Few backends keep the contract of the emulated XPU: an entry without one of them is no error there.
+    return _exit_code(args, [o for o in outcomes if not (device.emulated and o.outcome == "unasked")])
 
 
-def _verdict(args: argparse.Namespace, outcomes: list[Any]) -> int:
-    from harness.mutate.outcomes import ILL_MADE, counts
+def _exit_code(args: argparse.Namespace, outcomes: list[Any]) -> int:
+    """0 if enough bugs were noticed, no control was accused and every entry is a bug; otherwise 1, with the reason."""
+    from harness.mutate.outcomes import ILL_MADE, count_killed
 
-    killed, asked = counts(outcomes)
-    wrong = [found.mutant for found in outcomes if found.outcome in ILL_MADE]
-    accused = [found.mutant for found in outcomes if found.outcome == "accused"]
+    killed, of = count_killed(outcomes)
+    wrong = [outcome.mutant for outcome in outcomes if outcome.outcome in ILL_MADE]
+    accused = [outcome.mutant for outcome in outcomes if outcome.outcome == "accused"]
     if wrong:
         print(f"moe-harness: entries that are no bugs: {', '.join(wrong)}")
     if accused:
         print(f"moe-harness: correct variants that were accused: {', '.join(accused)}")
-    if asked and killed < args.floor * asked:
-        print(f"moe-harness: {killed} of {asked} bugs noticed, the floor is {args.floor:.0%}")
+    if of and killed < args.floor * of:
+        print(f"moe-harness: {killed} of {of} bugs noticed, the floor is {args.floor:.0%}")
         return 1
     return 1 if wrong or accused else 0
+
+
+def _default_path(device: Any) -> Path:
+    return Path("results") / f"{time.strftime('%Y-%m-%d-%H%M%S')}-mutate-{device.name}.jsonl"
 
 
 def _write(path: Path, text: str) -> None:
@@ -145,41 +156,41 @@ def _rules(args: argparse.Namespace) -> tuple[str, ...]:
     return (args.against,)
 
 
-def _named(known: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
-    """The entries that a word names, by name, class or pattern."""
+def _select(known: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    """Return the entries that the words match, by name, class or pattern; all without words."""
     words = list(words)
-    found: dict[str, Any] = {}
+    selected: dict[str, Any] = {}
     for word in words:
-        mine = {name: bug for name, bug in known.items() if fnmatch(name, word) or fnmatch(bug.kind, word)}
-        if not mine:
+        matching = {name: bug for name, bug in known.items() if fnmatch(name, word) or fnmatch(bug.kind, word)}
+        if not matching:
             kinds = sorted({bug.kind for bug in known.values()})
             raise UserError(f"{word}: no entry of that name or pattern; classes: {', '.join(kinds)}")
-        found |= mine
-    return found if words else dict(known)
+        selected |= matching
+    return selected if words else dict(known)
 
 
 def _tasks(args: argparse.Namespace, chosen: dict[str, Any], device: Any, rules: tuple[str, ...], jobs: int) -> list:
     from harness.mutate import runner
-    from harness.mutate.protocol import MEMORY, MORE, Asking
+    from harness.mutate.protocol import MEMORY, MORE, Settings
 
     limit, case_limit = LIMITS["cpu" if device.interprets_triton else "gpu"]
     whole = args.all or bool(rules)
-    asking = Asking(
+    settings = Settings(
         device.name, args.limit or limit, args.case_limit or case_limit, more=MORE if whole else 0, rules=rules,
         memory=MEMORY // (jobs + 1),
     )  # fmt: skip
     controls = sum(bug.control for bug in chosen.values())
-    due = _count("--control-runs", args.control_runs, CONTROL_RUNS_OF_PART if args.part else CONTROL_RUNS)
-    each = math.ceil(due / controls) if controls else 0
+    control_runs = _positive("--control-runs", args.control_runs, CONTROL_RUNS_OF_PART if args.part else CONTROL_RUNS)
+    each = math.ceil(control_runs / controls) if controls else 0
     # Controls take longest: they come first, or the last of them would run alone.
     ordered = sorted(chosen.values(), key=lambda bug: not bug.control)
-    return [runner.task(bug, device, asking, each) for bug in ordered]
+    return [runner.make_task(bug, device, settings, each) for bug in ordered]
 
 
-def _count(option: str, given: int | None, otherwise: int) -> int:
-    if given is not None and given < 1:
-        raise UserError(f"{option} {given}: 1 or more")
-    return given or otherwise
+def _positive(option: str, value: int | None, default: int) -> int:
+    if value is not None and value < 1:
+        raise UserError(f"{option} {value}: 1 or more")
+    return value or default
 
 
 def _jobs(device: Any) -> int:
@@ -187,6 +198,6 @@ def _jobs(device: Any) -> int:
     return cores if device.interprets_triton else max(1, min(12, cores * 3 // 4))
 
 
-def _said(chosen: dict[str, Any]) -> str:
+def _describe_selection(chosen: dict[str, Any]) -> str:
     controls = sum(bug.control for bug in chosen.values())
     return f"{len(chosen) - controls} bugs and {controls} correct variants"

@@ -1,6 +1,6 @@
-"""Bugs as data: cases/bugs/*.toml, and a copy of kernels/ in which one of them is put back.
+"""Bugs as data: the entries of cases/bugs/*.toml, and a copy of kernels/ that holds one of them.
 
-An entry is five lines under its name:
+An entry has a name and five lines:
 
     [align-tail-of-expert-ids-zero]
     source = "vllm#35161"
@@ -9,13 +9,13 @@ An entry is five lines under its name:
     new = "tl.full([BLOCK_PAIRS], 0, tl.int32)"
     reveals = "layers: ep"
 
-edit is a file under kernels/ and a function, or Class.method, in it (a file alone: anywhere in it). old must occur
+edit names a file under kernels/ and a function, or Class.method, in it (a file alone: anywhere in it). old must occur
 there exactly once; old and new may be lists of the same length, and then so may edit. reveals names the family that
-should notice, and words of the descriptors there that have what it takes. Optional keys: backends, those to ask instead
-of the ones that FOLLOWS gives; cause, what diagnose/match.py should call it; device, the only one that can show it;
-survives, why no case can tell it from the right kernel; raises, the error (NameError, CompilationError, ...) that the
-real bug was, and that would otherwise say that the edit made the kernels no program. In controls.toml the edits are
-correct variants: none may be accused.
+should notice the bug, and words of the descriptors there that have what it takes. Optional keys: backends, to run
+instead of those of FOLLOWS; cause, the fault that diagnose/match.py should name; device, the only one that can show
+the bug; survives, why no case can tell it from the correct kernel; raises, the exception (NameError, CompilationError,
+...) that the real bug raised, and that would otherwise mean that the edit leaves no valid program. The edits of
+controls.toml are correct variants: a case that fails on one is a false alarm.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.base import toml
+from harness.base.errors import UserError
 from harness.base.processes import ROOT
 
 BUGS, KERNELS = ROOT / "cases" / "bugs", ROOT / "kernels"
 CONTROLS, WAITING = "controls", "waiting"
-#: Which backends run a file of kernels/, the most telling first; the longest prefix counts.
+#: The backends that run a file of kernels/, the most relevant first; the longest prefix counts.
 FOLLOWS = {
     "triton/": ("triton", "triton-permute", "triton-cached"),
     "triton/align.py": ("triton", "triton-permute"),
@@ -47,8 +48,8 @@ REQUIRED = ("source", "edit", "old", "new", "reveals")
 OPTIONAL = ("backends", "cause", "device", "survives", "raises")
 
 
-class BugError(Exception):
-    """An entry that is no bug any more, or never was; the message names it and says what is wrong."""
+class BugError(UserError):
+    """An entry that cannot be read or does not apply. The message names the entry and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +62,27 @@ class Edit:
     new: str
 
     def apply(self, text: str, name: str) -> str:
-        """The file's text after it; BugError unless `old` occurs exactly once where it is looked for."""
+        """Return the file's text after the edit. BugError unless `old` occurs exactly once in the function."""
         first, end = _span(text, self.function, f"{name}: edit={self.file}:{self.function}")
         count = text.count(self.old, first, end)
         where = f"{self.file}:{self.function}" if self.function else self.file
         if count != 1:
             raise BugError(f"{name}: old={self.old!r} occurs {count} times in {where}; it must occur once")
         place = text.index(self.old, first, end)
-        found = text[:place] + self.new + text[place + len(self.old) :]
+        edited = text[:place] + self.new + text[place + len(self.old) :]
         try:
-            ast.parse(found)
+            ast.parse(edited)
         except SyntaxError as error:
             raise BugError(f"{name}: new={self.new!r} makes {where} no Python: {error}") from error
-        return found
+        return edited
 
 
 @dataclass(frozen=True)
 class Bug:
-    """One entry."""
+    """One entry of cases/bugs."""
 
     name: str
-    kind: str  #: the name of its file: the class of bugs, or "controls"
+    kind: str  #: the stem of its file: the class of bugs, or "controls"
     source: str
     edits: tuple[Edit, ...]
     family: str
@@ -97,7 +98,7 @@ class Bug:
         return self.kind == CONTROLS
 
     def edited(self) -> dict[str, str]:
-        """The texts of the files under kernels/ that it changes. BugError if it does not apply."""
+        """Return the new text of each file under kernels/ that the entry changes. BugError if it does not apply."""
         texts: dict[str, str] = {}
         for edit in self.edits:
             path = KERNELS / edit.file
@@ -107,8 +108,10 @@ class Bug:
         return texts
 
     def put_back(self, into: Path) -> Path:
-        """A copy of kernels/ with the bug in it, under the directory `into`, which is returned: a place to import
-        from. BugError if it does not apply."""
+        """Copy kernels/ with the bug into the directory `into`, and return `into`, ready for sys.path.
+
+        BugError if the entry does not apply.
+        """
         texts = self.edited()
         shutil.copytree(KERNELS, into / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
         for name, text in texts.items():
@@ -117,37 +120,39 @@ class Bug:
 
 
 def read(directory: Path | None = None) -> dict[str, Bug]:
-    """Every entry by its name, controls included. BugError names the file, the entry and the key that is wrong."""
-    found: dict[str, Bug] = {}
+    """Return every entry by its name, controls included. BugError names the file, the entry and the wrong key."""
+    known: dict[str, Bug] = {}
     for path in sorted((directory or BUGS).glob("*.toml")):
         if path.stem == WAITING:
             continue
         for name, entry in toml.read(path, BugError, path.name).items():
-            if name in found:
-                raise BugError(f"{path.name}: {name}: {found[name].kind}.toml has an entry of that name")
-            found[name] = _bug(path.stem, name, entry)
-    return found
+            if name in known:
+                raise BugError(f"{path.name}: {name}: {known[name].kind}.toml has an entry of that name")
+            known[name] = _bug(path.stem, name, entry)
+    return known
 
 
 def _bug(kind: str, name: str, entry: Any) -> Bug:
     if not isinstance(entry, dict):
-        raise BugError(f"{kind}.toml: {name}={entry!r}: a table is wanted, with {', '.join(REQUIRED)}")
+        raise BugError(f"{kind}.toml: {name}={entry!r}: expected a table with {', '.join(REQUIRED)}")
     missing = [key for key in REQUIRED if key not in entry]
-    strange = set(entry) - {*REQUIRED, *OPTIONAL}
-    if missing or strange:
-        told = f"missing: {', '.join(missing)}" if missing else f"unknown: {', '.join(sorted(strange))}"
-        raise BugError(f"{kind}.toml: {name}: {told}; keys: {', '.join(REQUIRED)}, and {', '.join(OPTIONAL)}")
-    old, new = _many(entry["old"]), _many(entry["new"])
-    places = _many(entry["edit"])
+    unknown = set(entry) - {*REQUIRED, *OPTIONAL}
+    if missing or unknown:
+        wrong = f"missing: {', '.join(missing)}" if missing else f"unknown: {', '.join(sorted(unknown))}"
+        raise BugError(f"{kind}.toml: {name}: {wrong}; keys: {', '.join(REQUIRED)}, and {', '.join(OPTIONAL)}")
+    old, new = _as_list(entry["old"]), _as_list(entry["new"])
+    places = _as_list(entry["edit"])
     places = places * len(old) if len(places) == 1 else places
     if not len(places) == len(old) == len(new):
-        raise BugError(f"{kind}.toml: {name}: {len(places)} edit, {len(old)} old, {len(new)} new; as many of each")
+        raise BugError(
+            f"{kind}.toml: {name}: {len(places)} edit, {len(old)} old, {len(new)} new; their numbers must be equal"
+        )
     edits = []
-    for place, was, becomes in zip(places, old, new):
+    for place, before, after in zip(places, old, new):
         file, _, function = place.partition(":")
-        edits.append(Edit(file, function, was, becomes))
+        edits.append(Edit(file, function, before, after))
     family, _, words = entry["reveals"].partition(":")
-    backends = tuple(_many(entry.get("backends", list(_followers(edits[0].file)))))
+    backends = tuple(_as_list(entry.get("backends", list(_followers(edits[0].file)))))
     return Bug(
         name, kind, entry["source"], tuple(edits), family.strip(), tuple(words.split()), backends,
         entry.get("cause", ""), entry.get("device", ""), entry.get("survives", ""), entry.get("raises", ""),
@@ -159,21 +164,21 @@ def _followers(file: str) -> tuple[str, ...]:
     return FOLLOWS[max(prefixes, key=len)] if prefixes else ("triton",)
 
 
-def _many(value: Any) -> list[str]:
+def _as_list(value: Any) -> list[str]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _span(text: str, function: str, told: str) -> tuple[int, int]:
-    """Where a function, decorators included, begins and ends in a module's text."""
+def _span(text: str, function: str, entry: str) -> tuple[int, int]:
+    """Return the offsets at which a function, decorators included, begins and ends in a module's text."""
     if not function:
         return 0, len(text)
     body: list[Any] = ast.parse(text).body
     node: Any = None
     for part in function.split("."):
-        found = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == part]
-        if not found:
-            raise BugError(f"{told}: there is no {part!r}")
-        node = found[0]
+        named = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == part]
+        if not named:
+            raise BugError(f"{entry}: there is no {part!r}")
+        node = named[0]
         body = node.body
     lines = text.splitlines(keepends=True)
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])

@@ -1,8 +1,8 @@
-"""The rules by which the field's own tests accept an output, for the very outputs that the harness judges.
+"""The rules by which the tests of other projects accept an output, applied to the outputs that the harness judges.
 
-The expected output is the oracle's, rounded to the io dtype. A rule sees the output and nothing else: no trace, no
-canary, no promise. What the poison of this harness leaves behind it does see, as NaN. Where infinities and NaN are due
-and are there, they are held against nobody.
+The expected output is the oracle's, rounded to the io dtype. A rule compares the output with it and nothing else: no
+trace, no canary, no other promise. It does see the poison of this harness where nothing was written, as NaN. Elements
+that are expected to be infinite or NaN, and are, count as equal.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ def _activate(h: Tensor, activation: str, limit: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule: where it is from, what it says, and whether it accepts."""
+    """One rule."""
 
     name: str
-    source: str
-    says: str
+    source: str  #: the project, and the file that holds it
+    description: str
     accepts: Callable[[Judged], bool]
 
 
 @dataclass
 class Judged:
-    """One output, [T, K] in the io dtype, and what is expected of it."""
+    """One output, [T, K] in the io dtype, and the expected output, [T, K]."""
 
     out: Tensor
     expected: Tensor
@@ -84,8 +84,8 @@ class Judged:
 
     def __post_init__(self) -> None:
         self.expected = self.expected.to(self.out.dtype)
-        due = ~torch.isfinite(self.expected)
-        agreed = due & ((self.out == self.expected) | (self.out.isnan() & self.expected.isnan()))
+        nonfinite = ~torch.isfinite(self.expected)
+        agreed = nonfinite & ((self.out == self.expected) | (self.out.isnan() & self.expected.isnan()))
         self.out = self.out.masked_fill(agreed, 0)
         self.expected = self.expected.masked_fill(agreed, 0)
         self.agreed = agreed
@@ -97,12 +97,9 @@ class Judged:
 
     @cached_property
     def baseline(self) -> Tensor:
-        """The naive layer's output in the io dtype."""
-        from harness.mutate.field_rules import naive
-
+        """The naive layer's output, [T, K] in the io dtype."""
         assert self.inputs is not None
-        found = naive(self.inputs).to(self.out.device)
-        return found.masked_fill(self.agreed, 0)
+        return naive(self.inputs).to(self.out.device).masked_fill(self.agreed, 0)
 
 
 def _assert_close(judged: Judged, rtol: float | None = None, atol: float | None = None) -> bool:
@@ -167,8 +164,10 @@ RULES = {
 
 
 class Watcher:
-    """Judges every output that the harness judges (an observer of run.case) by these rules as well, there and then: who
-    kept the tensors would be the reason that they outlive their layer (swap.dropped)."""
+    """An observer of run.case that judges every output by these rules as well.
+
+    It judges at once: a reference that it kept would keep the layer's tensors alive, and swap.dropped would fail.
+    """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._rules = [RULES[name] for name in names]
@@ -181,8 +180,8 @@ class Watcher:
             judged = Judged(out, judgement.expected.to(out.device), inputs)
             self._rejecting |= {rule.name for rule in self._rules if not rule.accepts(judged)}
 
-    def told(self) -> dict[str, Any]:
-        """How many outputs there were since it was last asked, and the rules that reject one of them."""
-        found = {"seen": self._seen, "rejected": [r.name for r in self._rules if r.name in self._rejecting]}
+    def take(self) -> dict[str, Any]:
+        """Return the number of outputs since the last `take`, and the rules that reject one of them."""
+        record = {"seen": self._seen, "rejected": [r.name for r in self._rules if r.name in self._rejecting]}
         self._seen, self._rejecting = 0, set()
-        return found
+        return record

@@ -1,6 +1,6 @@
-"""What came of each mutant, in a file of JSON Lines: one line a mutant, appended when it is done.
+"""The outcome of each mutant, and the file that stores it: JSON Lines, one line a mutant, appended when it ends.
 
-A run that is given the file of an earlier one does not repeat what it holds for the same kernels, suite and entry.
+A later run with the same file does not repeat an entry whose kernels, suite and text are unchanged.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from typing import Any
 from harness.base.processes import ROOT
 from harness.mutate import bugs
 from harness.mutate.bugs import Bug
-from harness.mutate.protocol import Asking, Run
+from harness.mutate.protocol import MutantRun, Settings
 from harness.results.file import Results, git_commit, read_results
 
-#: What can come of a bug, and of a control. stillborn: the edit made the kernels no program. unasked: not one case ran.
-#: broken: the edit does not apply. error: the harness itself failed.
+#: The outcomes of a bug and of a control (correct variant): of each pair, the first if a case noticed it.
 BUG_OUTCOMES = ("killed", "survived")
 CONTROL_OUTCOMES = ("accused", "innocent")
+#: stillborn: the edit leaves no valid program. unasked: not one case ran. broken: the edit does not apply. error: the
+#: harness itself failed.
 ILL_MADE = ("stillborn", "unasked", "broken", "error")
 
 
 @dataclass
 class Outcome:
-    """What came of one entry."""
+    """The outcome of one entry."""
 
     mutant: str
     kind: str
     source: str
     outcome: str
-    by: Run | None = None  #: the run that noticed it, or that shows what is wrong with the entry
+    by: MutantRun | None = None  #: the run that noticed the bug, or that shows what is wrong with the entry
     reason: str = ""  #: without a run
     seconds: float = 0.0
-    runs: list[Run] = field(default_factory=list)
+    runs: list[MutantRun] = field(default_factory=list)
     digest: str = ""
 
     @property
@@ -44,82 +45,84 @@ class Outcome:
         return self.kind == bugs.CONTROLS
 
     @property
-    def accusations(self) -> list[Run]:
+    def accusations(self) -> list[MutantRun]:
         return [run for run in self.runs if run.noticed]
 
     def record(self) -> dict[str, Any]:
-        """Ready for JSON. Reasons are kept for the runs that noticed; the others are many."""
-        found = asdict(self)
-        for run, kept in zip(self.runs, found["runs"]):
-            if not run.telling:
-                del kept["reason"]
-        return found
+        """Return a dict for JSON. Only decisive runs keep their reason: the others are many."""
+        record = asdict(self)
+        for run, stored in zip(self.runs, record["runs"]):
+            if not run.decisive:
+                del stored["reason"]
+        return record
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> Outcome:
-        """What `record` was made from."""
-        mine = {f.name: record[f.name] for f in fields(cls)}
-        mine["by"] = Run(**record["by"]) if record["by"] else None
-        mine["runs"] = [Run(**{"reason": "", **run}) for run in record["runs"]]
-        return cls(**mine)
+    def from_record(cls, record: dict[str, Any]) -> Outcome:
+        """The inverse of `record`."""
+        values = {f.name: record[f.name] for f in fields(cls)}
+        values["by"] = MutantRun(**record["by"]) if record["by"] else None
+        values["runs"] = [MutantRun(**{"reason": "", **run}) for run in record["runs"]]
+        return cls(**values)
 
 
-def outcome(bug: Bug, runs: list[Run], seconds: float) -> Outcome:
-    """What these runs say about an entry."""
-    telling = [run for run in runs if run.telling]
-    ill_made = [run for run in telling if not run.noticed]
-    by = next(iter([*ill_made, *telling]), None)
+def outcome_of(bug: Bug, runs: list[MutantRun], seconds: float) -> Outcome:
+    """Return the outcome of an entry after these runs, which took `seconds`."""
+    decisive = [run for run in runs if run.decisive]
+    ill_made = [run for run in decisive if not run.noticed]
+    by = next(iter([*ill_made, *decisive]), None)
     if not runs:
         word = "unasked"
     elif ill_made:
         word = ill_made[0].status
     else:
         word = (CONTROL_OUTCOMES if bug.control else BUG_OUTCOMES)[by is None]
-    reason = "" if runs else f"none of {', '.join(bug.backends)} answers any case"
+    reason = "" if runs else f"none of {', '.join(bug.backends)} supports any case"
     return Outcome(bug.name, bug.kind, bug.source, word, by, reason, round(seconds, 2), runs)
 
 
 def suite_digest(root: Path = ROOT) -> str:
-    """Of all that a run rests on but the entries: our code, the cases, the versions of what they use."""
-    found = hashlib.sha256()
-    for room in ("kernels", "harness", "cases", "reference"):
-        base = bugs.KERNELS if room == "kernels" else root / room
+    """Return the SHA-256 of what every outcome depends on: code, cases and package versions, without the entries."""
+    digest = hashlib.sha256()
+    for folder in ("kernels", "harness", "cases", "reference"):
+        base = bugs.KERNELS if folder == "kernels" else root / folder
         for path in sorted([*base.rglob("*.py"), *base.rglob("*.toml")]):
             if bugs.BUGS not in path.parents:
-                found.update(f"{room}/{path.relative_to(base)}".encode() + b"\0" + path.read_bytes())
+                digest.update(f"{folder}/{path.relative_to(base)}".encode() + b"\0" + path.read_bytes())
     for package in ("torch", "triton", "numpy"):
-        found.update(f"{package} {metadata.version(package)}".encode())
-    return found.hexdigest()
+        digest.update(f"{package} {metadata.version(package)}".encode())
+    return digest.hexdigest()
 
 
-def digest(bug: Bug, asking: Asking, suite: str) -> str:
-    """Of one entry, as it is asked: what else is written about it does not matter."""
+def entry_digest(bug: Bug, settings: Settings, suite: str) -> str:
+    """Return 16 digits of the SHA-256 of what one outcome depends on: not the source, the cause or the explanation."""
     entry = replace(bug, source="", cause="", survives="")
-    return hashlib.sha256(f"{suite} {entry} {replace(asking, memory=0)}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{suite} {entry} {replace(settings, memory=0)}".encode()).hexdigest()[:16]
 
 
-class Store:
-    """The file, and what it holds already."""
+class OutcomesFile:
+    """The stored outcomes of earlier runs, and a place for new ones. Without a path it is empty and stores nothing."""
 
-    def __init__(self, path: Path, device: str) -> None:
-        records = read_results(path)[0] if path.exists() else []
+    def __init__(self, path: Path | None, device: str) -> None:
+        records = read_results(path)[0] if path and path.exists() else []
         self._records = {record["digest"]: record for record in records if "mutant" in record}
-        self.path, self._device = path, device
-        self._file = Results(path, git_commit(ROOT))
+        self._device = device
+        self._file = Results(path, git_commit(ROOT)) if path else None
 
-    def known(self, digest: str) -> Outcome | None:
-        """What came of the entry with this digest, if the file says."""
+    def get(self, digest: str) -> Outcome | None:
+        """Return the stored outcome with this digest, if there is one."""
         record = self._records.get(digest)
-        return Outcome.of(record) if record else None
+        return Outcome.from_record(record) if record else None
 
-    def append(self, found: Outcome) -> None:
-        self._file.append({"device": self._device, **found.record()})
+    def append(self, outcome: Outcome) -> None:
+        if self._file:
+            self._file.append({"device": self._device, **outcome.record()})
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
-def counts(outcomes: Iterable[Outcome]) -> tuple[int, int]:
-    """(killed, all) of the bugs that could be asked."""
-    asked = [found.outcome for found in outcomes if found.outcome in BUG_OUTCOMES]
-    return asked.count("killed"), len(asked)
+def count_killed(outcomes: Iterable[Outcome]) -> tuple[int, int]:
+    """Return (killed, killed and survived)."""
+    words = [outcome.outcome for outcome in outcomes if outcome.outcome in BUG_OUTCOMES]
+    return words.count("killed"), len(words)

@@ -1,4 +1,4 @@
-"""How far a run over the mutants is, and how it is interrupted."""
+"""The progress of a run over the mutants, and its interruption by a signal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Progress:
-    """On a terminal one line that is rewritten; elsewhere a line for each mutant."""
+    """Shows one line that is rewritten on a terminal; elsewhere one line for each mutant."""
 
     def __init__(self, total: int, done: int) -> None:
         self._total, self._done, self._before = total, done, done
@@ -22,13 +22,16 @@ class Progress:
         return time.monotonic() - self._started
 
     def interrupt(self, *_: Any) -> None:
-        """For a signal. Raised in the middle of a fork, KeyboardInterrupt would be lost: it waits for `watch`, once."""
+        """Handle a signal: the next `watch` raises KeyboardInterrupt.
+
+        Raised during a fork it would be lost. The second signal raises it at once.
+        """
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
 
     def watch(self, names: list[str]) -> None:
-        """Shows how far it is, and who is at work; KeyboardInterrupt if there was a signal."""
+        """Show the progress and the running entries. KeyboardInterrupt after a signal."""
         if self._interrupted:
             raise KeyboardInterrupt
         if not self._terminal:
@@ -40,12 +43,12 @@ class Progress:
         print(f"\r\033[K{text[: os.get_terminal_size().columns - 1]}", end="", flush=True)
 
     def done(self, line: str) -> None:
-        """One more is done."""
+        """Count one more mutant, and print its line."""
         self._done += 1
         self.clear()
         print(line, flush=True)
 
     def clear(self) -> None:
-        """Takes the line away."""
+        """Remove the progress line."""
         if self._terminal:
             print("\r\033[K", end="", flush=True)

@@ -1,4 +1,4 @@
-"""What a mutant is asked, and what one of its answers looks like: the words that both its process and ours use."""
+"""The settings of a mutant's process, and the messages that it sends to its parent."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from harness.problem.families import CaseRow
 
-#: How a bug is noticed. failed: a wrong output. promise: something else that was promised, seen in a trace or in what a
-#: stage hands on (a canary, an argument that was written to, an allocation, another path, a tail that is not -1).
-#: crashed: an exception. died: the process. structure: another number of launches, allocations, operators, waits,
-#: copies, Python calls, or other tiles.
+#: How a bug is noticed. failed: a wrong output. promise: another promise is broken, as a trace or the output of a stage
+#: shows (a canary, a modified argument, an allocation, another path, a tail that is not -1). crashed: an exception.
+#: died: the process ended. structure: another number of launches, allocations, operators, waits, copies or Python
+#: calls, or other tiles.
 NOTICED = ("failed", "promise", "crashed", "hung", "died", "structure")
-MORE = 30  #: runs of a bug that go on after one has noticed it, where they do
+MORE = 30  #: runs after the first one that notices a bug, with --all or --against
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  #: bytes of this machine
-START = ("the import of its kernels", "", "")  #: where a process is before its first case: case, backend, family
+START = ("the import of its kernels", "", "")  #: (case, backend, family) of a process before its first case
 
 
 @dataclass
-class Run:
-    """One case on one backend."""
+class MutantRun:
+    """The result of one case on one backend."""
 
     case: str
     backend: str
@@ -35,27 +35,29 @@ class Run:
         return self.status in NOTICED
 
     @property
-    def telling(self) -> bool:
-        """Whether it says anything else than that all is well."""
+    def decisive(self) -> bool:
+        """Whether the run decides the outcome of a bug: the case noticed it, or could not judge it."""
         return self.noticed or self.status in ("stillborn", "error")
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Cases in the order in which they are asked, and others for when it is known whether the bug is noticed."""
+class Schedule:
+    """The cases to run, in order; and others, to run once the first ones have ended."""
 
     rows: tuple[CaseRow, ...]
     others: tuple[CaseRow, ...] = ()
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How long and how much a mutant is asked."""
+class Settings:
+    """The device and the limits of a mutant's process."""
 
     device: str = "cpu"
-    limit: float = 120.0  #: seconds for its cases (interpreted: of its own CPU time); counting calls comes on top
+    limit: float = (
+        120.0  #: seconds for all cases (interpreted: CPU time of the process); counting calls is not included
+    )
     case_limit: float = 60.0  #: seconds for one case
-    most: int = 0  #: of a control: runs
-    more: int = 0  #: of a bug: runs after the first that notices it, half of them of the questions' others
-    rules: tuple[str, ...] = ()  #: of mutate/field_rules.py, to judge the same outputs
-    memory: int = MEMORY // 2  #: bytes that it may hold
+    control_runs: int = 0  #: of a control: runs
+    more: int = 0  #: of a bug: runs after the first one that notices it, half of them from Schedule.others
+    rules: tuple[str, ...] = ()  #: names of mutate/field_rules.py, which judge the same outputs
+    memory: int = MEMORY // 2  #: bytes that the process may hold

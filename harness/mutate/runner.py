@@ -1,6 +1,6 @@
-"""Many mutants, a few at a time, each in a process of its own; this one only listens.
+"""Runs several mutants at a time, each in a process of its own.
 
-It initialises no GPU and imports no kernels: what it forks must be able to do both in its own way.
+The parent process initialises no GPU and imports no kernels: each process that it forks does both by itself.
 """
 
 from __future__ import annotations
@@ -9,86 +9,89 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from harness import device as devices
 from harness.device import Device
-from harness.mutate import outcomes
 from harness.mutate.bugs import Bug, BugError
-from harness.mutate.outcomes import Outcome
+from harness.mutate.outcomes import Outcome, outcome_of
 from harness.mutate.process import Mutant
-from harness.mutate.protocol import Asking, Questions, Run
-from harness.mutate.schedule import order, seeded, spread
+from harness.mutate.protocol import MutantRun, Schedule, Settings
+from harness.mutate.schedule import by_relevance, seeded, spread
 
-_TICK = 0.25  #: seconds between two looks at the processes that say nothing
+_TICK = 0.25  #: seconds between two looks at the processes that send nothing
 
 
 @dataclass(frozen=True)
 class Task:
-    """One entry, and what it is asked."""
+    """One entry, its cases and its limits."""
 
     bug: Bug
-    questions: Questions
-    asking: Asking
+    schedule: Schedule
+    settings: Settings
 
 
-def task(bug: Bug, device: Device, asking: Asking, control_runs: int) -> Task:
-    """For a bug its most relevant cases first; for a control a spread over all, with seeds dealt over it."""
+def make_task(bug: Bug, device: Device, settings: Settings, control_runs: int) -> Task:
+    """Schedule the most relevant cases of a bug first; for a control, a spread over all cases and seeds."""
     others = spread(bug.name, device)
     if bug.control:
-        return Task(bug, Questions(tuple(seeded(others))), replace(asking, most=control_runs, more=0))
-    return Task(bug, Questions(tuple(order(bug, device)), tuple(others)), asking)
+        return Task(bug, Schedule(tuple(seeded(others))), replace(settings, control_runs=control_runs, more=0))
+    return Task(bug, Schedule(tuple(by_relevance(bug, device)), tuple(others)), settings)
 
 
 @dataclass
-class _Working:
+class _Running:
     task: Task
     mutant: Mutant
-    runs: list[Run]
+    runs: list[MutantRun]
     started: float
 
 
 def run(tasks: list[Task], jobs: int, watch: Callable[[list[str]], None] = lambda names: None) -> Iterator[Outcome]:
-    """What comes of each task, as they end, `jobs` of them at a time; `watch` is told now and then who is at work.
+    """Yield the outcome of each task as it ends, with `jobs` tasks at a time.
 
-    However it ends, by an exception of the caller's too, no process is left.
+    Calls `watch` several times a second with the names of the running entries. Ends every process, also after an
+    exception of the caller's.
     """
     waiting = list(reversed(tasks))
-    working: dict[Any, _Working] = {}
+    running: dict[Any, _Running] = {}
     try:
-        while waiting or working:
-            while waiting and len(working) < jobs:
-                at = waiting.pop()
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                task = waiting.pop()
                 try:
-                    mutant = Mutant(at.bug, at.asking, at.questions)
+                    mutant = Mutant(task.bug, task.settings, task.schedule)
                 except BugError as error:
-                    yield Outcome(at.bug.name, at.bug.kind, at.bug.source, "broken", reason=str(error))
+                    yield Outcome(task.bug.name, task.bug.kind, task.bug.source, "broken", reason=str(error))
                 else:
-                    working[mutant.connection] = _Working(at, mutant, [], time.monotonic())
-            watch([w.task.bug.name for w in working.values()])
-            ready = wait(list(working), _TICK)
-            for connection, w in list(working.items()):
-                found = w.mutant.receive() if connection in ready else w.mutant.overdue()
-                if found is not None:
-                    w.runs.append(found)
-                if w.mutant.ended:
-                    del working[connection]
-                    w.mutant.close()
-                    yield outcomes.outcome(w.task.bug, w.runs, time.monotonic() - w.started)
+                    running[mutant.connection] = _Running(task, mutant, [], time.monotonic())
+            watch([r.task.bug.name for r in running.values()])
+            ready = wait(list(running), _TICK)
+            for connection, r in list(running.items()):
+                ended = r.mutant.receive() if connection in ready else r.mutant.overdue()
+                if ended is not None:
+                    r.runs.append(ended)
+                if r.mutant.ended:
+                    del running[connection]
+                    r.mutant.close()
+                    yield outcome_of(r.task.bug, r.runs, time.monotonic() - r.started)
     finally:
-        for w in working.values():
-            w.mutant.close()
+        for r in running.values():
+            r.mutant.close()
 
 
-def look(name: str) -> tuple[Device | None, str]:
-    """The device of this name, or why it is not here; found by another process, since asking initialises it."""
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_look, args=(name, there))
+def find_device(name: str) -> tuple[Device | None, str]:
+    """Return (device, ""), or (None, the reason why it is absent).
+
+    Another process looks for it, because looking initialises the device.
+    """
+    parent_end, child_end = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_look, args=(name, child_end))
     process.start()
-    there.close()
+    child_end.close()
     try:
-        present, reason = here.recv()
+        present, reason = parent_end.recv()
     except EOFError:
         present, reason = False, f"--device {name}: the process that looked for it ended with {process.exitcode}"
     process.join()
@@ -97,6 +100,6 @@ def look(name: str) -> tuple[Device | None, str]:
     return None, reason
 
 
-def _look(name: str, parent: Any) -> None:
+def _look(name: str, parent: Connection) -> None:
     present = name in devices.present()
     parent.send((present, "" if present else devices.why_absent(name)))

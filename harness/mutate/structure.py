@@ -1,7 +1,7 @@
-"""Bugs in what a call does, not in what it returns: launches, allocations, waits, Python calls and tiles, counted by
-perf/count/structure.py for the cases of cases/structure.toml, in the mutant and in the kernels as they are.
+"""Bugs in the work of a call rather than in its output: launches, allocations, waits, Python calls and tiles.
 
-The recorded baseline is not asked: what the kernels as they are do is measured here and now, on any device.
+perf/count/structure.py counts them for the cases of cases/structure.toml, in the mutant and in the unmodified kernels.
+The counts recorded in that file are not used: the unmodified kernels are counted here and now, on any device.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ from harness.problem.case import Case
 
 BASELINE = ROOT / "cases" / "structure.toml"
 FAMILY = "structure"
-Counts = dict[tuple[str, str], Any]  #: by case and backend
+Counts = dict[tuple[str, str], Any]  #: from (descriptor, backend) to Structure.record(), or None
 
 
 def cases(specs: tuple[str, ...], words: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-    """(descriptor, backend) of every counted case of these backends: those that have most of the words first, and then
-    in the file's order."""
+    """Return (descriptor, backend) of every counted case of these backends.
+
+    Those that match most of the words come first; among equals the order is the file's.
+    """
     from harness.perf.count.baseline_file import read
 
-    found = [(block.descriptor, block.backend) for block in read(BASELINE).blocks if block.backend in specs]
-    return sorted(found, key=lambda at: -len({*at[0].split("-"), at[1]} & set(words)))
+    pairs = [(block.descriptor, block.backend) for block in read(BASELINE).blocks if block.backend in specs]
+    return sorted(pairs, key=lambda pair: -len({*pair[0].split("-"), pair[1]} & set(words)))
 
 
-def counted(descriptor: str, spec: str, device: Device) -> dict[str, Any] | None:
-    """One call of one case, counted: Structure.record(); None where it cannot be."""
+def count(descriptor: str, spec: str, device: Device) -> dict[str, Any] | None:
+    """Return Structure.record() of one call of one case; None if the call cannot be counted."""
     try:
         return measure(Case.parse(descriptor), backends.load(spec), device).record()
     except NotMeasured:
         return None
 
 
-def compared(descriptor: str, spec: str, device: Device, right: dict[str, Any] | None) -> tuple[str, str]:
-    """(status, reason) of one case in a mutant against `right`, what the kernels as they are do."""
-    if right is None:
-        return "unsupported", "it cannot be counted in the kernels as they are"
+def compare(descriptor: str, spec: str, device: Device, unmodified: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Return (status, reason, error_type) of one case in a mutant; `unmodified` is the unmodified kernels' record."""
+    if unmodified is None:
+        return "unsupported", "it cannot be counted in the unmodified kernels", ""
     try:
-        found = measure(Case.parse(descriptor), backends.load(spec), device).record()
+        record = measure(Case.parse(descriptor), backends.load(spec), device).record()
     except NotMeasured as reason:
-        return "structure", f"it can be counted no longer: {reason}"
+        return "structure", f"it can no longer be counted: {reason}", ""
     except NotCorrect as error:
-        return error.verdict.status, error.verdict.reason
-    except Exception as error:  # of the kernels, in a call that is judged right and is now counted
-        return "crashed", f"{type(error).__name__}: {error}"
-    told = differences(right, found)
-    return ("structure", told[0]) if told else ("passed", "")
+        return error.verdict.status, error.verdict.reason, error.verdict.error_type
+    except Exception as error:  # raised by the kernels, in the call that is counted after a correct one
+        return "crashed", f"{type(error).__name__}: {error}", type(error).__name__
+    changes = differences(unmodified, record)
+    return ("structure", changes[0], "") if changes else ("passed", "", "")

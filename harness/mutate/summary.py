@@ -1,46 +1,48 @@
-"""What a run over the mutants came to, in words: survivors first, then what is wrong with entries, then the counts."""
+"""The summary of a run over the mutants: survivors first, then entries that are wrong, then counts."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+from harness.base.table import aligned
 from harness.base.text import cut, number
 from harness.mutate.bugs import Bug
 from harness.mutate.field_rules import RULES
-from harness.mutate.outcomes import BUG_OUTCOMES, ILL_MADE, Outcome, counts
-from harness.mutate.protocol import NOTICED, Run
+from harness.mutate.outcomes import BUG_OUTCOMES, ILL_MADE, Outcome, count_killed
+from harness.mutate.protocol import NOTICED, MutantRun
 from harness.problem.case import Case
 
-#: What every harness sees, whatever its rule.
-SEEN_BY_ALL = ("crashed", "hung", "died")
+#: Any harness notices these, whatever its rule.
+NOTICED_BY_ALL = ("crashed", "hung", "died")
+RULES_HEADER = ("rule", "accepts", "bugs noticed", "of wrong outputs", "false alarms")
 _REASON = 160  #: characters of a reason in a line
 
 
-def line(found: Outcome) -> str:
+def outcome_line(outcome: Outcome) -> str:
     """One mutant in one line."""
-    told = found.reason
-    if found.by is not None:
-        where = f" on {found.by.backend}" if found.by.backend else ""
-        told = f"{found.by.status} in {found.by.case}{where}: {cut(found.by.reason, _REASON)}"
-    asked = f"[{number(len(found.runs), 'case')}, {found.seconds:.1f} s]"
-    return " ".join(filter(None, [f"{found.outcome:9} {found.mutant:44}", told, asked]))
+    text = outcome.reason
+    if outcome.by is not None:
+        backend = f" on {outcome.by.backend}" if outcome.by.backend else ""
+        text = f"{outcome.by.status} in {outcome.by.case}{backend}: {cut(outcome.by.reason, _REASON)}"
+    cost = f"[{number(len(outcome.runs), 'case')}, {outcome.seconds:.1f} s]"
+    return " ".join(filter(None, [f"{outcome.outcome:9} {outcome.mutant:44}", text, cost]))
 
 
-def told(outcomes: list[Outcome], bugs: dict[str, Bug], whole: bool) -> list[str]:
-    """The summary. whole: the runs went on after the first case that noticed."""
-    lines = _attention(outcomes, bugs)
-    killed, asked = counts(outcomes)
-    if asked:
-        lines += ["", f"killed {killed} of {number(asked, 'bug')} ({_share(killed, asked)})"]
-        how = [found.by.status for found in outcomes if found.outcome == "killed" and found.by]
+def summary_lines(outcomes: list[Outcome], bugs: dict[str, Bug], whole: bool) -> list[str]:
+    """The summary. whole: the runs of a bug continued after the first case that noticed it."""
+    lines = _attention_lines(outcomes, bugs)
+    killed, of = count_killed(outcomes)
+    if of:
+        lines += ["", f"killed {killed} of {number(of, 'bug')} ({_share(killed, of)})"]
+        how = [outcome.by.status for outcome in outcomes if outcome.outcome == "killed" and outcome.by]
         lines += ["by     " + ", ".join(f"{how.count(word)} {word}" for word in NOTICED if word in how)] if how else []
-        lines += ["", *_by_class(outcomes)]
-        lines += ["", *_by_question(outcomes)] if whole else ["", *_by_killer(outcomes)]
-    runs = [run for found in outcomes if found.control for run in found.runs]
+        lines += ["", *_class_lines(outcomes)]
+        lines += ["", *_case_kind_lines(outcomes)] if whole else ["", *_first_family_lines(outcomes)]
+    runs = [run for outcome in outcomes if outcome.control for run in outcome.runs]
     if runs:
-        wrong = sum(len(found.accusations) for found in outcomes if found.control)
-        controls = sum(found.control for found in outcomes)
+        wrong = sum(len(outcome.accusations) for outcome in outcomes if outcome.control)
+        controls = sum(outcome.control for outcome in outcomes)
         lines += [
             "",
             f"controls: {number(controls, 'correct variant')}, {number(len(runs), 'run')}, "
@@ -49,117 +51,104 @@ def told(outcomes: list[Outcome], bugs: dict[str, Bug], whole: bool) -> list[str
     return lines
 
 
-def _attention(outcomes: list[Outcome], bugs: dict[str, Bug]) -> list[str]:
+def _attention_lines(outcomes: list[Outcome], bugs: dict[str, Bug]) -> list[str]:
     lines = []
-    for found in sorted(outcomes, key=lambda found: found.mutant):
-        why = bugs[found.mutant].survives if found.mutant in bugs else ""
-        if found.outcome == "survived":
-            lines.append(f"SURVIVED {line(found)[10:]}")
-            lines.append(f"          {why}" if why else f"          unexplained ({found.source})")
-        elif found.outcome == "killed" and why:
-            lines.append(f"its entry says that it survives, and it does not: {found.mutant}")
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.mutant):
+        why = bugs[outcome.mutant].survives if outcome.mutant in bugs else ""
+        if outcome.outcome == "survived":
+            lines.append(f"SURVIVED {outcome_line(outcome)[10:]}")
+            lines.append(f"          {why}" if why else f"          unexplained ({outcome.source})")
+        elif outcome.outcome == "killed" and why:
+            lines.append(f"its entry says that it survives, but it was killed: {outcome.mutant}")
     for word in (*ILL_MADE, "accused"):
-        lines += [f"{word.upper()} {line(found)[10:]}" for found in outcomes if found.outcome == word]
+        lines += [f"{word.upper()} {outcome_line(o)[10:]}" for o in outcomes if o.outcome == word]
     return lines
 
 
-def _by_class(outcomes: list[Outcome]) -> list[str]:
-    kinds = sorted({found.kind for found in outcomes if not found.control})
+def _class_lines(outcomes: list[Outcome]) -> list[str]:
     rows: list[tuple[str, ...]] = [("class", "killed", "of", "")]
-    for kind in kinds:
-        killed, asked = counts(found for found in outcomes if found.kind == kind)
-        rows.append((kind, str(killed), str(asked), _share(killed, asked)))
-    return _aligned(rows)
+    for kind in sorted({outcome.kind for outcome in outcomes if not outcome.control}):
+        killed, of = count_killed(outcome for outcome in outcomes if outcome.kind == kind)
+        rows.append((kind, str(killed), str(of), _share(killed, of)))
+    return aligned(rows)
 
 
-def _by_killer(outcomes: list[Outcome]) -> list[str]:
-    killers: dict[str, int] = defaultdict(int)
-    for found in outcomes:
-        if found.outcome == "killed" and found.by:
-            killers[found.by.family] += 1
-    most = sorted(killers, key=lambda family: (-killers[family], family))
-    return _aligned([("family", "killed first"), *((family or "-", str(killers[family])) for family in most)])
+def _first_family_lines(outcomes: list[Outcome]) -> list[str]:
+    """Per family: how many bugs one of its cases noticed first."""
+    killed: dict[str, int] = defaultdict(int)
+    for outcome in outcomes:
+        if outcome.outcome == "killed" and outcome.by:
+            killed[outcome.by.family] += 1
+    most = sorted(killed, key=lambda family: (-killed[family], family))
+    return aligned([("family", "killed first"), *((family or "-", str(killed[family])) for family in most)])
 
 
-def _by_question(outcomes: list[Outcome]) -> list[str]:
-    """Per family, fill and dtype: of the mutants that were asked such a case, how many were noticed by one; and the
-    accusations of correct variants."""
+def _case_kind_lines(outcomes: list[Outcome]) -> list[str]:
+    """Per family, fill and dtype: the bugs that such a case noticed, of the bugs on which one ran; and the false
+    alarms, of the runs of controls."""
     rows: list[tuple[str, ...]] = [("", "", "killed", "of", "", "false alarms", "of")]
-    for title, word in _QUESTIONS.items():
-        asked: dict[str, set[str]] = defaultdict(set)
+    for title, value_of in _CASE_KINDS.items():
+        ran: dict[str, set[str]] = defaultdict(set)
         noticed: dict[str, set[str]] = defaultdict(set)
         alarms: dict[str, list[bool]] = defaultdict(list)
-        for found in outcomes:
-            for run in found.runs:
-                if (value := word(run)) and found.control:
+        for outcome in outcomes:
+            for run in outcome.runs:
+                value = value_of(run)
+                if value and outcome.control:
                     alarms[value].append(run.noticed)
-                elif value and found.outcome in BUG_OUTCOMES:
-                    asked[value].add(found.mutant)
-                    noticed[value] |= {found.mutant} if run.noticed else set()
-        for value in sorted({*asked, *alarms}):
-            killed, of = len(noticed[value]), len(asked[value])
+                elif value and outcome.outcome in BUG_OUTCOMES:
+                    ran[value].add(outcome.mutant)
+                    noticed[value] |= {outcome.mutant} if run.noticed else set()
+        for value in sorted({*ran, *alarms}):
+            killed, of = len(noticed[value]), len(ran[value])
             share = _share(killed, of) if of else ""
             rows.append((title, value, str(killed), str(of), share, str(sum(alarms[value])), str(len(alarms[value]))))
-    return _aligned(rows)
+    return aligned(rows)
 
 
-def _case(run: Run) -> Case | None:
+def _case(run: MutantRun) -> Case | None:
     return Case.parse(run.case) if run.backend else None
 
 
-_QUESTIONS: dict[str, Callable[[Run], str]] = {
+_CASE_KINDS: dict[str, Callable[[MutantRun], str]] = {
     "family": lambda run: run.family,
     "fill": lambda run: case.fill if (case := _case(run)) else "",
     "dtype": lambda run: case.problem.dtype if (case := _case(run)) else "",
 }
 
 
-# -- our rules and the field's ----------------------------------------------------------------------------------------
-def against(outcomes: list[Outcome], names: Iterable[str]) -> list[tuple[str, ...]]:
-    """One row a rule, ours first, a heading above: what it accepts, the share of bugs that it notices, of all and of
-    those that give a wrong output, and the share of false alarms in the runs of controls that gave an output.
+# -- this harness and the rules of other projects ----------------------------------------------------------------------
+def rule_rows(outcomes: list[Outcome], names: Iterable[str]) -> list[tuple[str, ...]]:
+    """One row a rule, this harness first, under RULES_HEADER.
 
-    All rules judge the same calls. What ends a process, or raises, every harness sees.
+    What the rule accepts; the share of bugs that it notices, of all and of those with a wrong output; the share of
+    false alarms in the runs of controls that gave an output. All rules judge the same calls, and are credited with
+    each exception and each process that ends.
     """
-    bugs = [found for found in outcomes if found.outcome in BUG_OUTCOMES]
-    wrong = [found for found in bugs if any(run.status == "failed" for run in found.runs)]
-    runs = [run for found in outcomes if found.control for run in found.runs if run.more.get("seen")]
-    rows: list[tuple[str, ...]] = [("rule", "accepts", "bugs noticed", "of wrong outputs", "false alarms")]
+    bugs = [outcome for outcome in outcomes if outcome.outcome in BUG_OUTCOMES]
+    wrong = [outcome for outcome in bugs if any(run.status == "failed" for run in outcome.runs)]
+    runs = [run for outcome in outcomes if outcome.control for run in outcome.runs if run.more.get("seen")]
 
-    def row(name: str, says: str, notices: Callable[[Run], bool]) -> tuple[str, ...]:
-        killed = [sum(any(map(notices, found.runs)) for found in asked) for asked in (bugs, wrong)]
-        alarms = _of(sum(map(notices, runs)), len(runs))
-        return (name, says, _of(killed[0], len(bugs)), _of(killed[1], len(wrong)), alarms)
+    def row(name: str, accepts: str, notices: Callable[[MutantRun], bool]) -> tuple[str, ...]:
+        killed = [sum(any(map(notices, outcome.runs)) for outcome in group) for group in (bugs, wrong)]
+        alarms = _count_and_share(sum(map(notices, runs)), len(runs))
+        return (
+            name, accepts, _count_and_share(killed[0], len(bugs)), _count_and_share(killed[1], len(wrong)), alarms,
+        )  # fmt: skip
 
-    rows.append(row("moe-harness", "bit-exact, or within the predicted deviation; every promise", lambda r: r.noticed))
+    rows = [row("moe-harness", "bit-exact, or within the predicted deviation; every promise", lambda r: r.noticed)]
     for name in names:
 
-        def rejected(run: Run, name: str = name) -> bool:
-            return run.status in SEEN_BY_ALL or name in run.more.get("rejected", ())
+        def rejected(run: MutantRun, name: str = name) -> bool:
+            return run.status in NOTICED_BY_ALL or name in run.more.get("rejected", ())
 
-        rows.append(row(RULES[name].source, RULES[name].says, rejected))
+        rows.append(row(RULES[name].source, RULES[name].description, rejected))
     return rows
 
 
-def markdown(rows: list[tuple[str, ...]]) -> str:
-    """A table for the README."""
-    head, *body = [" | ".join(row) for row in rows]
-    return "\n".join(f"| {text} |" for text in (head, " | ".join("---" for _ in rows[0]), *body)) + "\n"
-
-
-def plain(rows: list[tuple[str, ...]]) -> list[str]:
-    """The same for a terminal."""
-    return _aligned(rows)
-
-
-def _of(part: int, whole: int) -> str:
+def _count_and_share(part: int, whole: int) -> str:
     return f"{part}/{whole} ({_share(part, whole)})" if whole else "-"
 
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]

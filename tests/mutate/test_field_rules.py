@@ -1,20 +1,21 @@
-"""The rules of the field on outputs made by hand, and their table."""
+"""The rules of other projects on outputs made by hand, and their table."""
 
 import math
 
 import pytest
 import torch
 
+from harness.base.table import markdown
 from harness.inputs.draw import draw
 from harness.mutate import summary
 from harness.mutate.field_rules import RULES, Judged, Watcher, naive
 from harness.mutate.outcomes import Outcome
-from harness.mutate.protocol import Run
+from harness.mutate.protocol import MutantRun
 from harness.oracle.experts import exact_output
 from harness.problem.case import Case
 from harness.run.case import run_case
 
-GIVEN = draw(Case.parse("t8-h64-i32-e4-k2-bf16-random"))
+INPUTS = draw(Case.parse("t8-h64-i32-e4-k2-bf16-random"))
 
 
 def expected(scale=1.0):
@@ -22,14 +23,14 @@ def expected(scale=1.0):
     return torch.randn(8, 64, generator=generator, dtype=torch.float64).bfloat16().double() * scale
 
 
-def accepting(out, due):
-    """The rules that accept; the naive layer is here as wrong as one unit in the last place of bf16 everywhere."""
-    judged = Judged(out.bfloat16(), due, GIVEN)
+def accepting(out, expected):
+    """The rules that accept `out`; the naive layer is wrong by one unit in the last place of bf16 in every element."""
+    judged = Judged(out.bfloat16(), expected, INPUTS)
     judged.baseline = judged.expected * (1 + 2**-7)
     return {rule.name for rule in RULES.values() if rule.accepts(judged)}
 
 
-def test_every_rule_accepts_what_is_right():
+def test_every_rule_accepts_the_expected_output():
     assert accepting(expected(), expected()) == set(RULES)
     assert accepting(torch.zeros(8, 64), torch.zeros(8, 64)) == set(RULES)
 
@@ -47,14 +48,14 @@ def test_a_wrong_row_is_lost_in_a_ratio():
 
 @pytest.mark.parametrize("factor, accepted", [(1.004, {"fla"}), (1.012, set())])
 def test_a_scale_error_of_a_percent(factor, accepted):
-    judged = Judged(expected().float() * factor, expected(), GIVEN)
+    judged = Judged(expected().float() * factor, expected(), INPUTS)
     judged.baseline = judged.expected
     names = {rule.name for rule in RULES.values() if rule.accepts(judged)}
     assert ("fla" in names) == ("fla" in accepted)
     assert "assert_close" not in names, "float32 is compared to 1.3e-6"
 
 
-def test_where_nan_and_infinities_are_due_and_are_there_they_are_held_against_nobody():
+def test_expected_nan_and_infinities_count_as_equal():
     due = expected()
     due[2], due[3, 1], due[3, 2] = math.nan, math.inf, -math.inf
     assert accepting(due, due) == set(RULES)
@@ -83,11 +84,11 @@ def test_triton_kernels_bounds_the_rms_more_tightly_than_the_largest_error():
 )  # fmt: skip
 def test_the_naive_layer_is_the_layer_to_the_precision_of_its_dtype(descriptor):
     inputs = draw(Case.parse(descriptor))
-    found, right = naive(inputs).double(), exact_output(inputs).double()
-    assert found.dtype == torch.float64 and found.shape == right.shape
-    apart = (found - right).square().mean().sqrt() / right.square().mean().sqrt()
+    output, exact = naive(inputs).double(), exact_output(inputs).double()
+    assert output.dtype == torch.float64 and output.shape == exact.shape
+    relative = (output - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     unit = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 2**-24}[inputs.case.problem.dtype]
-    assert 0 < apart < 8 * unit
+    assert 0 < relative < 8 * unit
 
 
 def test_a_watcher_sees_what_the_harness_judges():
@@ -101,9 +102,9 @@ def test_a_watcher_sees_what_the_harness_judges():
 
     from harness.device import Device
 
-    verdict = run_case(GIVEN.case, Zeros(), Device("cpu"), observers=[watcher])
+    verdict = run_case(INPUTS.case, Zeros(), Device("cpu"), observers=[watcher])
     assert verdict.status == "failed"
-    assert watcher.told() == {"seen": 1, "rejected": ["vllm", "fla"]} and watcher.told() == {"seen": 0, "rejected": []}
+    assert watcher.take() == {"seen": 1, "rejected": ["vllm", "fla"]} and watcher.take() == {"seen": 0, "rejected": []}
 
 
 def test_a_watcher_keeps_nothing_alive():
@@ -114,12 +115,12 @@ def test_a_watcher_keeps_nothing_alive():
     verdict = run_case(
         Case.parse("t9-h64-i32-e4-k2-bf16-exact-swap.dropped"), Emulated(), Device("cpu"), observers=[watcher]
     )
-    assert verdict.status == "passed" and watcher.told()["seen"] == 1, verdict.reason
+    assert verdict.status == "passed" and watcher.take()["seen"] == 1, verdict.reason
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
 def outcome(kind, word, *runs):
-    runs = [Run("t1-h16-i16-e2-k1-bf16-exact", "tiny", "layers", status, more=more) for status, more in runs]
+    runs = [MutantRun("t1-h16-i16-e2-k1-bf16-exact", "tiny", "layers", status, more=more) for status, more in runs]
     return Outcome(f"{kind} {word}", kind, "x#1", word, runs=runs)
 
 
@@ -130,18 +131,18 @@ def test_the_table_has_our_row_first_and_counts_the_same_calls():
     outcomes = [
         outcome("made", "killed", ("failed", seen("fla"))),
         outcome("made", "killed", ("passed", seen()), ("promise", seen())),
-        outcome("made", "killed", ("died", {})),  # whose end every harness sees
+        outcome("made", "killed", ("died", {})),  # any harness notices it
         outcome("made", "survived", ("passed", seen("vllm"))),
         outcome("made", "stillborn", ("stillborn", {})),
         outcome("controls", "innocent", ("passed", seen()), ("passed", seen("fla")), ("passed", {"seen": 0})),
     ]
-    heading, *rows = summary.against(outcomes, ["vllm", "fla"])
+    rows = summary.rule_rows(outcomes, ["vllm", "fla"])
     assert [row[0] for row in rows] == ["moe-harness", RULES["vllm"].source, RULES["fla"].source]
     assert [row[2:] for row in rows] == [
         ("3/4 (75.0%)", "1/1 (100.0%)", "0/2 (0.0%)"),
         ("2/4 (50.0%)", "0/1 (0.0%)", "0/2 (0.0%)"),
         ("2/4 (50.0%)", "1/1 (100.0%)", "1/2 (50.0%)"),
     ]
-    text = summary.markdown([heading, *rows])
-    assert text.splitlines()[1] == "| --- | --- | --- | --- | --- |" and text.count("\n") == 5
-    assert all(line.count("|") == 6 for line in text.splitlines())
+    lines = markdown(summary.RULES_HEADER, rows)
+    assert lines[1] == "| --- | --- | --- | --- | --- |" and len(lines) == 5
+    assert all(line.count("|") == 6 for line in lines)

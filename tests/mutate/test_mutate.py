@@ -1,4 +1,4 @@
-"""moe-harness mutate: entries, what is asked and in which order, and mutants that do their worst."""
+"""moe-harness mutate: entries, the order of their cases, and mutants that hang, crash or take all memory."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from harness.device import Device
 from harness.mutate import bugs, outcomes, runner, schedule, summary, worker
 from harness.mutate.bugs import Bug, BugError, Edit
 from harness.mutate.outcomes import Outcome
-from harness.mutate.protocol import Asking, Run
+from harness.mutate.protocol import MutantRun, Schedule, Settings
 from harness.problem import families
 from harness.problem.case import Case
 from harness.results.file import Results
@@ -51,12 +51,12 @@ def entry(**changes):
     [
         (entry(reveals=None), "made.toml: made-up: missing: reveals; keys: source"),
         (entry(trigger="x"), "made.toml: made-up: unknown: trigger; keys:"),
-        (entry(old=["a", "b"]), "made.toml: made-up: 2 edit, 2 old, 1 new; as many of each"),
-        ("made-up = 3", "made.toml: made-up=3: a table is wanted"),
+        (entry(old=["a", "b"]), "made.toml: made-up: 2 edit, 2 old, 1 new; their numbers must be equal"),
+        ("made-up = 3", "made.toml: made-up=3: expected a table with"),
         ("[made-up", "made.toml: "),
     ],
 )
-def test_an_entry_that_is_none_is_named(tmp_path, text, message):
+def test_an_invalid_entry_is_named(tmp_path, text, message):
     (tmp_path / "made.toml").write_text(text)
     with pytest.raises(BugError, match=re.escape(message)):
         bugs.read(tmp_path)
@@ -79,14 +79,14 @@ def test_two_entries_of_one_name_are_refused(tmp_path):
         (Edit("tiny.py", "Tiny.prepare", "return call", "return ("), "m: new='return (' makes tiny.py:Tiny.prepare no"),
     ],
 )
-def test_an_edit_that_does_not_apply_is_told(tmp_path, monkeypatch, edit, message):
+def test_an_edit_that_does_not_apply_is_reported(tmp_path, monkeypatch, edit, message):
     tiny_bugs.write(tmp_path)
     monkeypatch.setattr(bugs, "KERNELS", tmp_path / "kernels")
     bug = Bug("m", "made_up", "x#1", (edit,), "layers", (), ("kernels.tiny:Tiny",))
     with pytest.raises(BugError, match=re.escape(message)):
         bug.put_back(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
-    (broken,) = runner.run([runner.task(bug, CPU, Asking(), 1)], jobs=1)
+    (broken,) = runner.run([runner.make_task(bug, CPU, Settings(), 1)], jobs=1)
     assert broken.outcome == "broken" and message in broken.reason
 
 
@@ -99,22 +99,22 @@ def test_several_edits_of_one_file_add_up(tmp_path, monkeypatch):
     assert text == tiny_bugs.KERNEL.replace("gate, up =", "up, gate =").replace("silu(", "gelu(")
 
 
-# -- what is asked ----------------------------------------------------------------------------------------------------
+# -- the order of cases -----------------------------------------------------------------------------------------------
 BUG = Bug("made-up", "made_up", "x#1", (), "layers", ("bias", "e4m3"), ("triton",))
 
 
-def test_order_asks_first_what_the_entry_says_and_leaves_nothing_out():
-    rows = schedule.order(BUG, CPU)
+def test_relevant_rows_come_first_and_none_is_left_out():
+    rows = schedule.by_relevance(BUG, CPU)
     tokens = [set(re.split("[-.]", str(row.case))) for row in rows]
-    best = [row.family == "layers" and {"bias", "e4m3"} <= found for row, found in zip(rows, tokens)]
+    best = [row.family == "layers" and {"bias", "e4m3"} <= of_row for row, of_row in zip(rows, tokens)]
     assert best[0] and best == sorted(best, reverse=True), "rows with both words in the family come first"
     families = [row.family == "layers" for row in rows]
     assert families == sorted(families, reverse=True), "then the rest of the family"
     assert set(rows) == set(schedule.spread("", CPU)), "then all the others"
 
 
-def test_order_gives_every_kind_of_case_its_turn():
-    rows = schedule.order(replace(BUG, family="none", words=()), CPU)
+def test_the_kinds_of_case_take_turns():
+    rows = schedule.by_relevance(replace(BUG, family="none", words=()), CPU)
     assert {row.family for row in rows[:20]} == {row.family for row in rows}
 
 
@@ -130,54 +130,52 @@ def test_spread_and_seeds_cover_families_fills_dtypes_and_seeds():
     ]
 
 
-def test_the_part_has_every_class_and_does_not_change_with_the_others():
+def test_the_sample_has_every_class_and_does_not_depend_on_other_classes():
     known = {f"{kind}-{n}": replace(BUG, name=f"{kind}-{n}", kind=kind) for kind in "abc" for n in range(40)}
     known["d-0"] = replace(BUG, name="d-0", kind="d")
-    part = schedule.part(known, 6)
-    assert {bug.kind for bug in part.values()} == set("abcd") and 10 <= len(part) <= 32
-    assert schedule.part({k: v for k, v in known.items() if v.kind != "b"}, 6) == {
-        k: v for k, v in part.items() if v.kind != "b"
+    sample = schedule.sample(known, 6)
+    assert {bug.kind for bug in sample.values()} == set("abcd") and 10 <= len(sample) <= 32
+    assert schedule.sample({k: v for k, v in known.items() if v.kind != "b"}, 6) == {
+        k: v for k, v in sample.items() if v.kind != "b"
     }
 
 
 def test_counts_come_first_for_a_bug_of_structure_and_last_for_others(monkeypatch):
-    def asked(bug, noticing):
+    def cases_run(bug, noticing):
         def cases(self, rows):
-            yield Run("case", "tiny", "layers", "failed" if noticing == "cases" else "passed")
+            yield MutantRun("case", "tiny", "layers", "failed" if noticing == "cases" else "passed")
 
-        def counted(*_):
-            yield Run("counts", "tiny", "structure", "structure" if noticing == "counts" else "passed")
+        def count(*_):
+            yield MutantRun("counts", "tiny", "structure", "structure" if noticing == "counts" else "passed")
             return noticing == "counts"
 
-        monkeypatch.setattr(worker._Cases, "of", cases)
-        monkeypatch.setattr(worker, "_counted", counted)
-        from harness.mutate.protocol import Questions
-
-        asking = Asking("cpu")
-        return [run.case for run in worker._answers(replace(bug, backends=()), asking, Questions(()), None)]
+        monkeypatch.setattr(worker._Cases, "run", cases)
+        monkeypatch.setattr(worker, "_count", count)
+        settings = Settings("cpu")
+        return [run.case for run in worker._messages(replace(bug, backends=()), settings, Schedule(()), None)]
 
     structure, control = replace(BUG, family="structure"), replace(BUG, kind="controls")
-    assert asked(structure, "") == ["counts", "case"] and asked(structure, "counts") == ["counts"]
-    assert asked(BUG, "") == ["case", "counts"] and asked(BUG, "cases") == ["case"]
-    assert asked(control, "") == []  # its runs are as many as are asked for: none
+    assert cases_run(structure, "") == ["counts", "case"] and cases_run(structure, "counts") == ["counts"]
+    assert cases_run(BUG, "") == ["case", "counts"] and cases_run(BUG, "cases") == ["case"]
+    assert cases_run(control, "") == []  # Settings.control_runs is 0
 
 
 # -- mutants ----------------------------------------------------------------------------------------------------------
-def command(room, *arguments, driver=""):
-    words = [sys.executable, "-c", driver + tiny_bugs.DRIVER, str(room), *arguments]
+def command(directory, *arguments, driver=""):
+    words = [sys.executable, "-c", driver + tiny_bugs.DRIVER, str(directory), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, capture_output=True, text=True, cwd=room, env=environment, timeout=300)
+    return subprocess.run(words, capture_output=True, text=True, cwd=directory, env=environment, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """One run over all the bad ones: its room, what it printed, and its records by name."""
-    room = tmp_path_factory.mktemp("mutants")
-    tiny_bugs.write(room)
-    done = command(room, "--results=r.jsonl", "--limit=1", "--case-limit=8", "--control-runs=25", "--jobs=3")
+    """One run over all entries: its directory, its process with its output, and its records by name."""
+    directory = tmp_path_factory.mktemp("mutants")
+    tiny_bugs.write(directory)
+    done = command(directory, "--results=r.jsonl", "--limit=1", "--case-limit=8", "--control-runs=25", "--jobs=3")
     assert not done.stderr, done.stderr
-    records = [json.loads(line) for line in (room / "r.jsonl").read_text().splitlines()]
-    return room, done, {record["mutant"]: record for record in records}
+    records = [json.loads(line) for line in (directory / "r.jsonl").read_text().splitlines()]
+    return directory, done, {record["mutant"]: record for record in records}
 
 
 @pytest.mark.parametrize(
@@ -199,35 +197,48 @@ def test_a_mutant_costs_only_itself(ran, name, outcome, status, reason):
     assert record["by"]["case"].startswith("t") and record["by"]["backend"] == "kernels.tiny:Tiny"
 
 
-def test_who_is_right_survives_and_no_control_is_accused(ran):
+def test_correct_kernels_survive_and_no_control_is_accused(ran):
     records = ran[2]
     for name in ("a-unnoticed", "b-explained"):
         assert records[name]["outcome"] == "survived" and len(records[name]["runs"]) > 5
     control = records["another-order"]
     assert control["outcome"] == "innocent" and len(control["runs"]) == 25
-    assert "elsewhere" not in records and "not asked elsewhere: only cuda can show it" in ran[1].stdout
+    assert "elsewhere" not in records and "not run elsewhere: only cuda can show it" in ran[1].stdout
 
 
-def test_survivors_are_told_first_and_the_exit_code_is_1(ran):
+def test_survivors_come_first_and_the_exit_code_is_1(ran):
     assert ran[1].returncode == 1
     lines = ran[1].stdout.splitlines()
     last = max(n for n, line in enumerate(lines) if re.match("(killed|survived|stillborn|innocent)  ", line))
     summary = lines[last + 1 :]
     assert summary[0].startswith("SURVIVED a-unnoticed") and "unexplained (made#0)" in summary[1]
-    assert summary[2].startswith("SURVIVED b-explained") and "it is the right kernel" in summary[3]
+    assert summary[2].startswith("SURVIVED b-explained") and "it is the correct kernel" in summary[3]
     assert summary[4].startswith("STILLBORN no-program")
-    told = "\n".join(summary)
-    assert "killed 6 of 8 bugs (75.0%)" in told
-    assert "controls: 1 correct variant, 25 runs, 0 false alarms (0.0%)" in told
-    assert "entries that are no bugs: no-program" in told and "6 of 8 bugs noticed, the floor is 98%" in told
+    text = "\n".join(summary)
+    assert "killed 6 of 8 bugs (75.0%)" in text
+    assert "controls: 1 correct variant, 25 runs, 0 false alarms (0.0%)" in text
+    assert "entries that are no bugs: no-program" in text and "6 of 8 bugs noticed, the floor is 98%" in text
 
 
-def test_what_a_file_holds_is_not_run_again(ran):
-    room = ran[0]
-    again = command(room, "--results=r.jsonl", "--limit=1", "--case-limit=8", "wrong", "dies", "--floor=1")
+def test_stored_outcomes_are_not_run_again(ran):
+    directory = ran[0]
+    again = command(directory, "--results=r.jsonl", "--limit=1", "--case-limit=8", "wrong", "dies", "--floor=1")
     assert again.returncode == 0 and "2 of them are in it already" in again.stdout
     assert "killed 2 of 2 bugs" in again.stdout
-    assert len((room / "r.jsonl").read_text().splitlines()) == len(ran[2])
+    assert len((directory / "r.jsonl").read_text().splitlines()) == len(ran[2])
+
+
+def test_named_entries_print_what_notices_them_and_store_nothing(ran):
+    directory = ran[0]
+    before = set(directory.iterdir())
+    done = command(directory, "raises", "b-*", "--limit=1", "--case-limit=8")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and lines[0].endswith(", not stored") and "results" not in done.stdout
+    assert any(
+        re.match("killed    raises +crashed in t.* on kernels.tiny:Tiny: ValueError: no", line) for line in lines
+    )
+    assert "killed 1 of 2 bugs (50.0%)" in lines
+    assert set(directory.iterdir()) == before
 
 
 def test_ctrl_c_leaves_no_process(ran):
@@ -239,30 +250,30 @@ def test_ctrl_c_leaves_no_process(ran):
         while not (mutants := children.read_text().split()):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        told = process.stdout.read()
-    assert process.returncode == 130 and "interrupted, 0 of 2 done; to go on: --results c.jsonl" in told
+        output = process.stdout.read()
+    assert process.returncode == 130 and "interrupted, 0 of 2 done; to continue: --results c.jsonl" in output
     assert not [pid for pid in mutants if Path(f"/proc/{pid}").exists()]
 
 
-ASKS_THE_GPU = """
+FAIL_ON_GPU_USE = """
 import os, torch
 from harness.device import Device
 from harness.mutate import runner
 def never(*_):
-    assert os.getpid() != PARENT, "the process that forks must not touch a GPU"
+    assert os.getpid() != PARENT, "the parent process must not touch a GPU"
     return False
 PARENT = os.getpid()
 torch.cuda.is_available = torch.cuda._lazy_init = torch.cuda.device_count = never
-runner.look = lambda name: (Device(name), "")
+runner.find_device = lambda name: (Device(name), "")
 """
 
 
-def test_the_process_that_forks_asks_nothing_of_a_gpu(ran):
-    done = command(ran[0], "--device=cuda", "--results=g.jsonl", "wrong", "another-order", driver=ASKS_THE_GPU)
+def test_the_parent_process_does_not_touch_a_gpu(ran):
+    done = command(ran[0], "--device=cuda", "--results=g.jsonl", "wrong", "another-order", driver=FAIL_ON_GPU_USE)
     assert done.stdout.count("UNASKED") == 2 and "AssertionError" not in done.stdout + done.stderr, done.stderr
 
 
-def test_the_suite_s_digest_is_of_kernels_and_cases(tmp_path, monkeypatch):
+def test_the_digest_of_the_suite_depends_on_the_kernels(tmp_path, monkeypatch):
     tiny_bugs.write(tmp_path)
     monkeypatch.setattr(bugs, "KERNELS", tmp_path / "kernels")
     before = outcomes.suite_digest()
@@ -271,10 +282,10 @@ def test_the_suite_s_digest_is_of_kernels_and_cases(tmp_path, monkeypatch):
     assert before != outcomes.suite_digest()
 
 
-# -- what is made of it -----------------------------------------------------------------------------------------------
+# -- outcomes and their summary ---------------------------------------------------------------------------------------
 def outcome(name, word, kind="made_up", **by):
-    run = Run("t1-h16-i16-e2-k1-bf16-exact", "tiny", "layers", by.pop("status", "passed"), **by)
-    return Outcome(name, kind, "x#1", word, run if run.telling else None, runs=[run])
+    run = MutantRun("t1-h16-i16-e2-k1-bf16-exact", "tiny", "layers", by.pop("status", "passed"), **by)
+    return Outcome(name, kind, "x#1", word, run if run.decisive else None, runs=[run])
 
 
 @pytest.mark.parametrize(
@@ -291,59 +302,64 @@ def outcome(name, word, kind="made_up", **by):
     ],
 )
 def test_exit_codes(outcomes, floor, code, capsys):
-    assert mutate._verdict(Namespace(floor=floor), outcomes) == code
+    assert mutate._exit_code(Namespace(floor=floor), outcomes) == code
     assert bool(capsys.readouterr().out) == bool(code)
 
 
 def test_outcomes_of_runs():
     def word(bug, *statuses):
-        return outcomes.outcome(bug, [Run("t1", "tiny", "layers", status) for status in statuses], 1.0).outcome
+        return outcomes.outcome_of(bug, [MutantRun("t1", "tiny", "layers", status) for status in statuses], 1.0).outcome
 
     control = replace(BUG, kind="controls")
     assert word(BUG, "passed", "mistrusted") == "survived" and word(control, "passed", "mistrusted") == "innocent"
     for status in ("failed", "promise", "crashed", "hung", "died", "structure"):
         assert word(BUG, "passed", status) == "killed" and word(control, status, "passed") == "accused"
-    assert word(BUG, "failed", "error") == word(control, "error") == "error", "a mistake of ours is nobody's fault"
+    assert word(BUG, "failed", "error") == word(control, "error") == "error", "an error of the harness decides"
     assert word(BUG, "stillborn") == word(control, "stillborn") == "stillborn"
     assert word(BUG) == word(control) == "unasked"
 
 
 def test_records_come_back_as_they_were_written(tmp_path):
-    found = outcome("a", "killed", status="failed", reason="because", more={"seen": 1, "rejected": ["fla"]})
-    found.runs.append(Run("t2", "tiny", "layers", "passed"))
-    found.digest = "d"
-    file = outcomes.Store(tmp_path / "r.jsonl", "cpu")
-    file.append(found)
+    stored = outcome("a", "killed", status="failed", reason="because", more={"seen": 1, "rejected": ["fla"]})
+    stored.runs.append(MutantRun("t2", "tiny", "layers", "passed"))
+    stored.digest = "d"
+    file = outcomes.OutcomesFile(tmp_path / "r.jsonl", "cpu")
+    file.append(stored)
     file.close()
     other = Results(tmp_path / "r.jsonl", "commit")  # verdicts of another command in the same file
     other.append({"case": "t1", "status": "passed"})
     other.close()
-    again = outcomes.Store(tmp_path / "r.jsonl", "cpu")
-    assert again.known("d") == found and again.known("another") is None
+    again = outcomes.OutcomesFile(tmp_path / "r.jsonl", "cpu")
+    assert again.get("d") == stored and again.get("another") is None
 
 
-def test_the_digest_is_of_the_entry_and_of_what_it_is_asked():
-    mark = outcomes.digest(BUG, Asking(), "suite")
-    assert mark == outcomes.digest(replace(BUG, survives="for a reason", source="x#2"), Asking(memory=1), "suite")
+def test_the_digest_of_an_entry_depends_on_the_entry_and_the_settings():
+    mark = outcomes.entry_digest(BUG, Settings(), "suite")
+    assert mark == outcomes.entry_digest(
+        replace(BUG, survives="for a reason", source="x#2"), Settings(memory=1), "suite"
+    )
     others = [
-        outcomes.digest(replace(BUG, words=()), Asking(), "suite"), outcomes.digest(BUG, Asking(more=30), "suite"),
-        outcomes.digest(BUG, Asking(), "another suite"),
-    ]  # fmt: skip
+        outcomes.entry_digest(replace(BUG, words=()), Settings(), "suite"),
+        outcomes.entry_digest(BUG, Settings(more=30), "suite"),
+        outcomes.entry_digest(BUG, Settings(), "another suite"),
+    ]
     assert len({mark, *others}) == 4
 
 
-def test_an_explanation_that_no_longer_holds_is_told():
-    told = summary.told([outcome("a", "killed", status="hung")], {"a": replace(BUG, survives="never")}, whole=False)
-    assert told[0] == "its entry says that it survives, and it does not: a"
+def test_an_explanation_that_no_longer_holds_is_reported():
+    lines = summary.summary_lines(
+        [outcome("a", "killed", status="hung")], {"a": replace(BUG, survives="never")}, whole=False
+    )
+    assert lines[0] == "its entry says that it survives, but it was killed: a"
 
 
-def test_shares_by_family_fill_and_dtype_count_bugs_that_were_asked():
+def test_shares_by_family_fill_and_dtype_count_the_bugs_that_ran_such_a_case():
     noticed, not_noticed = outcome("a", "killed", status="failed"), outcome("b", "survived")
     control = outcome("c", "accused", "controls", status="failed")
-    told = "\n".join(summary.told([noticed, not_noticed, control], {}, whole=True))
-    assert re.search(r"family +layers +1 +2 +50.0% +1 +1", told)
-    assert re.search(r"fill +exact +1 +2 +50.0% +1 +1", told)
-    assert re.search(r"dtype +bf16 +1 +2 +50.0% +1 +1", told)
+    text = "\n".join(summary.summary_lines([noticed, not_noticed, control], {}, whole=True))
+    assert re.search(r"family +layers +1 +2 +50.0% +1 +1", text)
+    assert re.search(r"fill +exact +1 +2 +50.0% +1 +1", text)
+    assert re.search(r"dtype +bf16 +1 +2 +50.0% +1 +1", text)
 
 
 @pytest.mark.parametrize(
@@ -351,28 +367,46 @@ def test_shares_by_family_fill_and_dtype_count_bugs_that_were_asked():
 )
 def test_entries_are_named_by_name_class_or_pattern(words, names):
     known = {name: replace(BUG, name=name) for name in ("a-1", "a-2")} | {"b-1": replace(BUG, name="b-1", kind="kind")}
-    assert list(mutate._named(known, words)) == (names or list(known))
+    assert list(mutate._select(known, words)) == (names or list(known))
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(UserError, match="nobody: no entry of that name or pattern; classes: made_up"):
-        mutate._named({"a": BUG}, ["nobody"])
+    with pytest.raises(UserError, match="unknown: no entry of that name or pattern; classes: made_up"):
+        mutate._select({"a": BUG}, ["unknown"])
     with pytest.raises(UserError, match="--against strict: one of assert_close, vllm"):
         mutate._rules(Namespace(against="strict", markdown=None))
     with pytest.raises(UserError, match="--markdown: needs --against RULE"):
         mutate._rules(Namespace(against=None, markdown=Path("t.md")))
     with pytest.raises(UserError, match="--jobs 0: 1 or more"):
-        mutate._count("--jobs", 0, 4)
+        mutate._positive("--jobs", 0, 4)
 
 
-# -- what does not compile --------------------------------------------------------------------------------------------
+# -- edits that leave no valid program --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "error_type, reason, raises, status",
+    [
+        ("NameError", "NameError: name 'gate' is not defined", "", "stillborn"),
+        ("NameError", "NameError: name 'gate' is not defined", "NameError", "crashed"),
+        ("ValueError", "ValueError: not a NameError", "", "crashed"),
+        ("InterpreterError", """InterpreterError: NameError("name 'gate' is not defined")""", "", "stillborn"),
+        ("InterpreterError", """InterpreterError: NameError("name 'gate' is not defined")""", "NameError", "crashed"),
+        ("InterpreterError", "InterpreterError: ValueError('shapes differ')", "", "crashed"),
+        ("Crashed", "Crashed: after 2 steps: NameError: name 'gate' is not defined", "", "stillborn"),
+    ],
+)
+def test_the_type_of_an_exception_tells_an_invalid_program_from_a_bug(error_type, reason, raises, status):
+    """Triton and a sequence of calls quote the exception that they wrap; no other text counts."""
+    run = worker._run(replace(BUG, raises=raises), ("t1", "tiny", "layers"), "crashed", reason, error_type)
+    assert run.status == status
+
+
 class CompilationError(Exception):
     pass
 
 
 @pytest.mark.parametrize("smallest, word", [(2**10, "crashed"), (0, "stillborn")])
-def test_what_compiles_for_some_cases_is_a_program(smallest, word):
-    """A bug of one configuration is noticed where it does not compile; what compiles for none is no bug."""
+def test_a_kernel_that_compiles_for_some_cases_is_a_valid_program(smallest, word):
+    """A bug of one configuration is noticed where it does not compile; a kernel that compiles for no case is no bug."""
 
     class Partly(Emulated):
         def run(self, layer, x, weights, ids, out=None):
@@ -381,5 +415,5 @@ def test_what_compiles_for_some_cases_is_a_program(smallest, word):
             return super().run(layer, x, weights, ids, out)
 
     row = families.CaseRow(Case.parse("t2-h2048-i8-e2-k1-bf16-random"), "layers", "why")
-    *_, run = worker._Cases(BUG, {"partly": Partly()}, CPU, ()).of((row,))
+    *_, run = worker._Cases(BUG, {"partly": Partly()}, CPU, ()).run((row,))
     assert run.status == word and run.reason.startswith("CompilationError")

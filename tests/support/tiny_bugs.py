@@ -1,7 +1,7 @@
-"""A made-up kernels/ of one small layer, and bugs for it that are as bad as bugs can be."""
+"""A kernels/ with one small layer, and bugs for it that hang, crash, take all memory or change nothing."""
 
 KERNEL = '''
-"""A layer in plain torch, in float64 inside."""
+"""A layer in plain torch that computes in float64."""
 
 import torch
 
@@ -43,44 +43,44 @@ reveals = "{family}"
 backends = "kernels.tiny:Tiny"
 {more}
 """
-_RIGHT = "total = torch.zeros(x.shape, dtype=torch.float64)"
+_CORRECT = "total = torch.zeros(x.shape, dtype=torch.float64)"
 _BUGS = {
-    "a-unnoticed": (f"{_RIGHT}  # as it was", ""),
-    "b-explained": (f"{_RIGHT}  # as it was", 'survives = "it is the right kernel"'),
-    "wrong": (f"{_RIGHT} + 1", ""),
-    "hangs": (f"{_RIGHT}\n    while True:\n        pass", ""),
-    "dies": (f"{_RIGHT}\n    import os\n    os.kill(os.getpid(), 11)", ""),
-    "hungry": (f"{_RIGHT}\n    hoard = []\n    while True:\n        hoard.append(bytearray(1 << 26))", ""),
-    "raises": (f"{_RIGHT}\n    raise ValueError('no')", ""),
-    "no-program": (f"{_RIGHT} + nothing_of_that_name", ""),
-    "meant-to-raise": (f"{_RIGHT} + nothing_of_that_name", 'raises = "NameError"'),
-    "elsewhere": (f"{_RIGHT}  # as it was", 'device = "cuda"'),
+    "a-unnoticed": (f"{_CORRECT}  # unchanged", ""),
+    "b-explained": (f"{_CORRECT}  # unchanged", 'survives = "it is the correct kernel"'),
+    "wrong": (f"{_CORRECT} + 1", ""),
+    "hangs": (f"{_CORRECT}\n    while True:\n        pass", ""),
+    "dies": (f"{_CORRECT}\n    import os\n    os.kill(os.getpid(), 11)", ""),
+    "hungry": (f"{_CORRECT}\n    hoard = []\n    while True:\n        hoard.append(bytearray(1 << 26))", ""),
+    "raises": (f"{_CORRECT}\n    raise ValueError('no')", ""),
+    "no-program": (f"{_CORRECT} + undefined_name", ""),
+    "meant-to-raise": (f"{_CORRECT} + undefined_name", 'raises = "NameError"'),
+    "elsewhere": (f"{_CORRECT}  # unchanged", 'device = "cuda"'),
 }
 _CONTROLS = {
-    "another-order": (_RIGHT + "\n    topk_ids = topk_ids.flip(1)\n    topk_weights = topk_weights.flip(1)", "")
+    "another-order": (_CORRECT + "\n    topk_ids = topk_ids.flip(1)\n    topk_weights = topk_weights.flip(1)", "")
 }
 
 DRIVER = """
 import sys
 from pathlib import Path
-from harness.mutate import asking, bugs
-asking.MEMORY = 4 << 30
+from harness.mutate import bugs, protocol
+protocol.MEMORY = 4 << 30
 bugs.KERNELS, bugs.BUGS = Path(sys.argv[1]) / "kernels", Path(sys.argv[1]) / "bugs"
 from harness.cli import main
 sys.exit(main(["mutate", *sys.argv[2:]]))
 """
 
 
-def write(room):
-    """kernels/ and bugs/ under the directory `room`."""
-    (room / "kernels").mkdir()
-    (room / "kernels" / "__init__.py").write_text("")
-    (room / "kernels" / "tiny.py").write_text(KERNEL)
-    (room / "bugs").mkdir()
+def write(directory):
+    """Write kernels/ and bugs/ into `directory`."""
+    (directory / "kernels").mkdir()
+    (directory / "kernels" / "__init__.py").write_text("")
+    (directory / "kernels" / "tiny.py").write_text(KERNEL)
+    (directory / "bugs").mkdir()
     for kind, entries in (("made_up", _BUGS), ("controls", _CONTROLS)):
         family = "layers" if kind == "made_up" else "any"
         text = [
             _ENTRY.format(name=name, number=n, new=new, family=family, more=more)
             for n, (name, (new, more)) in enumerate(entries.items())
         ]
-        (room / "bugs" / f"{kind}.toml").write_text("\n".join(text))
+        (directory / "bugs" / f"{kind}.toml").write_text("\n".join(text))
