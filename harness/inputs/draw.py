@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from reference.scheme import Format, Scheme
 CPU = torch.device("cpu")
 SIGMA = 1.5  #: standard deviation of GEMM 1's output under the random fill: where silu, gelu and their swap differ
 
+DrawLayer = Callable[[Problem, str, int, torch.device], tuple[Layer, Layer]]  #: draw_layer, or a cache of it
+
 
 @dataclass
 class Inputs:
@@ -40,7 +42,6 @@ class Inputs:
     topk_ids: Tensor  #: [T, k] int32 or int64
     layer: Layer
     backend_layer: Layer
-    variant: str = ""  #: set by whoever changes a tensor: the expected result is remembered by case and variant
 
     def arguments(self) -> dict[str, Tensor]:
         """What the call is given besides the layer, by name, in order."""
@@ -51,10 +52,10 @@ class Inputs:
         return replace(self, **{**arguments, **changes})
 
 
-def draw(case: Case, device: torch.device = CPU) -> Inputs:
-    """The Case's tensors. Layers are shared between calls: a scenario that writes to one must clone it first."""
+def draw(case: Case, device: torch.device = CPU, layers: DrawLayer | None = None) -> Inputs:
+    """The case's tensors. layers: `draw_layer`, or a cache of it, whose layers several calls share."""
     problem = case.problem
-    layer, handed = _layers(problem.weights_key(), case.fill, case.seed, str(device))
+    layer, handed = (layers or draw_layer)(problem.weights_key(), case.fill, case.seed, device)
     rng = generator(case, "call", device)
     topk_ids = _topk_ids(problem, rng).to(torch.int64 if problem.ids == 64 else torch.int32).contiguous()
     if case.fill == "exact":
@@ -72,11 +73,6 @@ def draw(case: Case, device: torch.device = CPU) -> Inputs:
         case, fence.keep(x), fence.keep(topk_weights), fence.keep(topk_ids), replace(layer, problem=problem),
         replace(handed, problem=problem),
     )  # fmt: skip
-
-
-def forget() -> None:
-    """Draw the next layer anew, whatever was drawn before."""
-    _layers.cache_clear()
 
 
 def generator(case: Case, purpose: str, device: torch.device = CPU) -> torch.Generator:
@@ -150,9 +146,8 @@ def expert_map(problem: Problem, device: torch.device) -> Tensor | None:
     return torch.where(rank == problem.ep.rank, place, -1).int()
 
 
-@lru_cache(maxsize=2)
-def _layers(problem: Problem, fill: str, seed: int, device_name: str) -> tuple[Layer, Layer]:
-    device = torch.device(device_name)
+def draw_layer(problem: Problem, fill: str, seed: int, device: torch.device) -> tuple[Layer, Layer]:
+    """The layer in layout "nk", and the same layer as the backend gets it."""
     rng = generator(Case(problem, fill, seed), "layer", device)
     layer = _layer(problem, fill, seed, rng)
     return layer, in_layout(layer, problem.layout)

@@ -12,24 +12,24 @@ import pytest
 from harness.backend import BackendError
 from harness.base.time_limit import time_limit
 from harness.device import DeviceLost
-from harness.perf.timing.benchmark import judged
+from harness.perf.timing.benchmark import run_timed
 from harness.plugin.controller import VERDICT
 from harness.plugin.items import ItemParams
 from harness.plugin.process import Process, environment
 from harness.results import known_failures
 from harness.results.known_failures import KnownFailure
-from harness.results.verdict import ENDS, Verdict
+from harness.results.verdict import ENDS, FAILED, Verdict
 from harness.run.case import run_case
 from harness.run.isolated import IsolatedRunner
 
 
 def _verdict(params: ItemParams, known: list[KnownFailure], benchmark: Any) -> Verdict:
     if benchmark is not None:
-        return judged(params, benchmark)
+        return run_timed(params, benchmark)
     if any(entry.status in ENDS for entry in known):
         with IsolatedRunner(params.spec, params.device, forks=False) as runner:  # the known failure would end ours
             return replace(runner.run(params.case), family=params.family, backend=params.backend.name)
-    return run_case(params.case, params.backend, params.device, family=params.family)
+    return run_case(params.case, params.backend, params.device, params.family, params.spec)
 
 
 def check_item(process: Process, params: ItemParams, node: pytest.Item, benchmark: Any) -> None:
@@ -39,10 +39,9 @@ def check_item(process: Process, params: ItemParams, node: pytest.Item, benchmar
     """
 
     def record_of(verdict: Verdict) -> dict[str, Any]:
-        verdict.spec = params.spec
         return verdict.record() | {"environment": environment(params.device), "nodeid": node.nodeid}
 
-    blank = Verdict(str(params.case), params.backend.name, str(params.device), "hung", params.family)
+    blank = Verdict(str(params.case), params.backend.name, str(params.device), "hung", params.family, spec=params.spec)
     seconds = process.config.option.case_timeout
     hung = record_of(replace(blank, reason=f"no answer in {seconds:g} s (--case-timeout)", seconds=seconds))
     process.note(nodeid=node.nodeid, started=time.time(), record=hung)
@@ -51,14 +50,14 @@ def check_item(process: Process, params: ItemParams, node: pytest.Item, benchmar
     with time_limit(seconds, lambda: process.end_process(hung), process.stderr):
         try:
             verdict = _verdict(params, known, benchmark)
-            if verdict.status in ("failed", "crashed"):
+            if verdict.status in FAILED:
                 params.device.synchronize()  # raises DeviceLost if the failure took the device with it
             verdict = known_failures.judged(verdict, known)
         except BackendError as error:
-            verdict = replace(blank, status="crashed", reason=str(error))
+            verdict = replace(blank, status="crashed", reason=str(error), error_type=type(error).__name__)
         except DeviceLost as error:
             lost = str(error)
-            verdict = replace(blank, status="crashed", reason=lost)
+            verdict = replace(blank, status="crashed", reason=lost, error_type="DeviceLost", device_lost=True)
     record = record_of(verdict)
     if lost:
         if not process.controller:

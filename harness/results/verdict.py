@@ -1,4 +1,7 @@
-"""What came of one case on one backend: the record that the summary, the results file and the report are made of."""
+"""The verdict on one case on one backend: the record that the summary, the results file and the report are made of.
+
+Every set of statuses stands here.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-#: What a statistic of oracle/judge.py means, for whoever reads a failure.
+#: What a statistic of oracle/judge.py means, for the reader of a failure.
 STATISTICS = {
     "rho": "the largest deviation",
     "rms": "the root mean square deviation",
@@ -14,16 +17,16 @@ STATISTICS = {
     "count": "the number of disturbed rows",
     "slope": "a scale error common to all rows",
 }
-ENDS = ("crashed", "hung")  #: what may take the process with it
-NOT_EXECUTED = ("unsupported",)
-FAILED = ("failed", "crashed", "hung")
-JUDGED = ("passed", "failed", "mistrusted")
-
-#: passed, failed: judged. mistrusted: matched, but the output proves little. unsupported: declared, with a reason of
-#: backend.UNSUPPORTED. crashed: an exception, or the device was lost. hung: the time limit. known: it failed as the
-#: ledger says (results/known_failures.py).
+#: passed, failed: judged. mistrusted: matched, but vacuously: the output proves little. unsupported: not run, with a
+#: reason of backend.UNSUPPORTED. crashed: an exception, or the device was lost. hung: the time limit. known: it failed
+#: as an entry of the known failures says (results/known_failures.py).
 STATUSES = ("passed", "failed", "mistrusted", "unsupported", "crashed", "hung", "known")
 GREEN = ("passed", "mistrusted", "unsupported", "known")
+CORRECT = ("passed", "mistrusted")  #: every output was right
+FAILED = ("failed", "crashed", "hung")
+JUDGED = ("passed", "failed", "mistrusted")
+NOT_EXECUTED = ("unsupported",)
+ENDS = ("crashed", "hung")  #: failures that may end the process
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Verdict:
     status: str
     family: str = ""
     reason: str = ""  #: one line: what failed, or why it did not run
-    report: str = ""  #: many lines, for whoever has to mend it
+    report: str = ""  #: many lines, for debugging
     budget: float = 0.0  #: of the worst statistic of the worst call
     statistic: str = ""
     budgets: dict[str, float] = field(default_factory=dict)  #: of every statistic, over all calls
@@ -48,8 +51,10 @@ class Verdict:
     error_map: dict[str, Any] = field(default_factory=dict)  #: of a failed call (diagnose/error_map.py)
     cause: str = ""  #: the mistake that a failed call's output looks like (diagnose/match.py)
     stage: str = ""  #: the first of its stages that is wrong by itself (diagnose/localise.py)
-    known: str = ""  #: the entry of the ledger that says why it is "known" (results/known_failures.py)
+    known: str = ""  #: why it is "known": from the entry that covers it (results/known_failures.py)
     spec: str = ""  #: how --backend named the backend: a name, or package.module:object
+    error_type: str = ""  #: of a crash: the class name of the exception, such as "NameError"
+    device_lost: bool = False  #: of a crash: nothing after it can run in this process
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -60,6 +65,11 @@ class Verdict:
         return self.status in GREEN
 
     @property
+    def details(self) -> str:
+        """The report without the reason that it starts with."""
+        return self.report.rstrip().removeprefix(self.reason).strip("\n")
+
+    @property
     def reproduce(self) -> str:
         """The one line that runs this case again."""
         device = self.device.split()[0]
@@ -67,10 +77,10 @@ class Verdict:
 
     def record(self) -> dict[str, Any]:
         """JSON-ready: infinities become the string "inf"."""
-        found = asdict(self) | {"reproduce": self.reproduce}
-        found["budget"] = _finite(self.budget)
-        found["budgets"] = {name: _finite(used) for name, used in self.budgets.items()}
-        return found
+        record = asdict(self) | {"reproduce": self.reproduce}
+        record["budget"] = _finite(self.budget)
+        record["budgets"] = {name: _finite(used) for name, used in self.budgets.items()}
+        return record
 
 
 def _finite(used: float) -> float | str:

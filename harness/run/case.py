@@ -18,97 +18,90 @@ from pathlib import Path
 from typing import Any
 
 from harness import backend as backends
-from harness.backend import Unsupported
+from harness.backend import Unsupported, as_backend
 from harness.device import Device, DeviceLost
 from harness.diagnose.failure import Failed
-from harness.inputs.draw import forget as forget_layers
 from harness.inputs.sizes import batch_bytes, weight_bytes
 from harness.problem.case import Case, Problem
 from harness.results.verdict import Verdict
 from harness.scenarios import run_scenario
 from harness.session.applies import why_not
-from harness.session.oracle_cache import _EXPECTED, WHOLE, _drawn
+from harness.session.oracle_cache import ORACLE_CACHE, WHOLE
 from harness.session.session import Observer, Session
 
 ONE_AT_A_TIME = 4 * 2**30  #: bytes of weights from which only one process of a run may hold a layer
 
 
-def run_case(case: Case, backend: Any, device: Device, family: str = "", observers: Iterable[Observer] = ()) -> Verdict:
-    """The verdict for one case. A kernel's fault is a verdict; DeviceLost means that nothing else can run here."""
-    started = time.perf_counter()
+def run_case(
+    case: Case, backend: Any, device: Device, family: str = "", spec: str = "", observers: Iterable[Observer] = ()
+) -> Verdict:
+    """The verdict on one case. An exception of a kernel is a verdict; DeviceLost means that nothing else can run here.
+
+    family, spec: for the record; spec is how --backend named the backend. observers: called with every judged output.
+    """
+    started, backend = time.perf_counter(), as_backend(backend)
+    verdict = Verdict(str(case), backend.name, str(device), "passed", family, spec=spec)
     if reason := why_not(case, backend, device):
-        verdict = Verdict(str(case), backend.name, str(device), "unsupported", family, reason)
+        verdict.status, verdict.reason = "unsupported", reason
     else:
         with _exclusive(case.problem, device):
-            verdict = _run(case, backend, device, family, observers)
+            _run(case, backend, device, observers, verdict)
     verdict.seconds = time.perf_counter() - started
     return verdict
 
 
-def _run(case: Case, backend: Any, device: Device, family: str, observers: Iterable[Observer]) -> Verdict:
-    verdict = Verdict(str(case), backend.name, str(device), "passed", family)
+def _run(case: Case, backend: Any, device: Device, observers: Iterable[Observer], verdict: Verdict) -> None:
+    """Run the case's scenario, and write what comes of it into the verdict."""
     session = None
     try:
         if reason := memory_shortfall(case.problem, device):
             raise Unsupported(reason)
         session = Session(case, backend, device, observers)
         run_scenario(session)
-        if len(session.doubts) == len(session.judgements):  # not one call was telling
+        if len(session.doubts) == len(session.judgements):  # every match was vacuous
             verdict.status, verdict.reason = "mistrusted", (session.doubts or ["no call was judged"])[0]
     except Unsupported as reason:
         verdict.status, verdict.reason = "unsupported", str(reason)
     except Failed as failure:
-        verdict.status, verdict.reason, verdict.report = "failed", failure.summary, failure.report
-        verdict.error_map, verdict.cause, verdict.stage = failure.error_map, failure.cause, failure.stage
+        report = failure.report
+        verdict.status, verdict.reason, verdict.report = "failed", report.summary, str(report)
+        verdict.error_map, verdict.cause, verdict.stage = report.error_map, report.cause, report.stage
     except (DeviceLost, backends.BackendError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever a kernel raises is its verdict, with the whole traceback
+    except Exception as error:  # any exception of a kernel is its verdict, with the whole traceback
         device.synchronize()
-        verdict.status = "crashed"
+        verdict.status, verdict.error_type = "crashed", type(error).__name__
         verdict.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         verdict.report = traceback.format_exc()
     if session is not None:
         session.fill_in(verdict)
     if not verdict.green:
-        # The tensors are shared between backends: one that broke them must not break the next.
-        forget()
-    return verdict
+        ORACLE_CACHE.forget()  # a backend that wrote to the shared tensors must not break the next one
 
 
 @contextmanager
 def _exclusive(problem: Problem, device: Device) -> Iterator[None]:
-    """Whole-size layers share the device with other processes of the run: none keeps more than the layer it is at, and
-    the largest are tested by one process at a time."""
+    """Whole-size layers share the device with the other processes of a run: each process keeps one such layer at most,
+    and the largest layers are tested by one process at a time."""
     size = weight_bytes(problem) + batch_bytes(problem)
     if device.on_cpu or size < WHOLE:
         yield
         return
-    if (key := problem.weights_key()) != _WHOLE_AT.get("layer"):
-        forget()
-        _WHOLE_AT["layer"] = key
-    with open(Path(tempfile.gettempdir()) / f"moe-harness-{os.getuid()}-{device.name}.lock", "w") as turn:
+    ORACLE_CACHE.make_room(problem)
+    with open(Path(tempfile.gettempdir()) / f"moe-harness-{os.getuid()}-{device.name}.lock", "w") as lock:
         if size > ONE_AT_A_TIME:
-            fcntl.flock(turn, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield
         finally:
             if size > ONE_AT_A_TIME:
-                forget()
+                ORACLE_CACHE.forget()
             device.release()
 
 
-_WHOLE_AT: dict[str, Problem] = {}
-
-
-def forget() -> None:
-    """Drop every drawn tensor and expected result."""
-    forget_layers()
-    _drawn.cache_clear()
-    _EXPECTED.clear()
-
-
 def memory_shortfall(problem: Problem, device: Device) -> str | None:
-    needed, room = 3 * weight_bytes(problem) + batch_bytes(problem), device.memory_bytes()
-    if needed <= room:
+    """None, or the enumerated reason why the layer and its batch do not fit the device."""
+    needed, free = 3 * weight_bytes(problem) + batch_bytes(problem), device.memory_bytes()
+    if needed <= free:
         return None
-    return f"memory: needs about {needed / 2**30:.0f} GiB, {room / 2**30:.0f} GiB are free"
+    return f"memory: needs about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"

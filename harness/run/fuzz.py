@@ -1,7 +1,7 @@
 """Property fuzzing: any Problem of the grammar, sizes at the edges of tiles, within a budget of bytes and seconds.
 
-Hypothesis draws Cases and shrinks one that fails to the smallest descriptor that still does; each is judged in a
-process apart (run/isolated.py). What a backend declares not to support is not counted.
+Hypothesis draws cases and shrinks a failing one to the smallest descriptor that still fails; each case is judged in an
+isolated process (run/isolated.py). Cases that a backend declares unsupported are not counted.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from harness.results.verdict import Verdict
 from harness.run.isolated import IsolatedRunner
 from reference.scheme import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, code_formats
 
-SHRINKS, SHRINKING = 400, 120  #: cases, and seconds, to shrink one with
-ENDLESS = 1_000_000  #: examples, where only seconds count
-WORK = 64  #: multiplications a case may take for every byte of the budget: the oracle computes each in float64
+SHRINKS, SHRINKING = 400, 120  #: cases, and seconds, to shrink a failure
+ENDLESS = 1_000_000  #: examples, when only the seconds are limited
+WORK = 64  #: multiplications of a case that count as one byte of the budget: the oracle computes each in float64
 SCHEMES = tuple(
     Quant.parse(".".join(names))
     for names in product(code_formats(), WEIGHT_GRANULARITIES, ("none", *ACTIVATION_GRANULARITIES))
@@ -32,7 +32,7 @@ SCHEMES = tuple(
 INEXACT_FILLS = ("random", "random", "extreme")
 FILLS = (*["exact"] * 5, *INEXACT_FILLS)
 LIMITS = [128.0, 256.0, 7.0, 2.0, 0.5]
-#: Cheap ones that hold for every problem, or are Unsupported; the second part only where sums need not be exact.
+#: Cheap scenarios that hold for every problem, or are Unsupported; those of PARTIAL only on an inexact fill.
 SCENARIOS = (
     "repeat.bits", "repeat.leak", "batch.sizes", "batch.routings", "path.launches", "win.no_extra_tensor",
     "swap.copy_", "swap.data", "swap.parameter", "swap.same_address", "swap.two_layers", "swap.expert_map",
@@ -42,19 +42,19 @@ PARTIAL = ("swap.w2", "swap.scales", "swap.bias")
 
 
 def edges(*multiples: int, also: Sequence[int] = ()) -> tuple[int, ...]:
-    """These and their neighbours, and others, in ascending order: a failure shrinks towards the first."""
+    """The multiples and their neighbours, and the numbers `also`, ascending: a failure shrinks towards the first."""
     return tuple(sorted({n + d for n in multiples for d in (-1, 0, 1) if n + d > 0} | set(also)))
 
 
 TILES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 WIDTHS = edges(*TILES, 384, 4096, also=(8, 24, 40, 48, 56, 72, 80, 96, 101, 112, 136, 144, 160, 192, 320, 521))
-#: A row narrower than these has no exact fill, and its few values are too few to judge by how they scatter.
+#: The least hidden and intermediate sizes: narrower rows have no exact fill, and too few values for statistics.
 HIDDEN, INNER = 32, 8
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a Case may be made of; sizes ascend."""
+    """The values to draw a Case from; sizes ascend."""
 
     tokens: tuple[int, ...] = edges(*TILES, also=(0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 23, 47, 97, 193))
     hidden: tuple[int, ...] = tuple(n for n in WIDTHS if n >= HIDDEN)
@@ -62,10 +62,10 @@ class Space:
     experts: tuple[int, ...] = edges(4, 8, 16, 32, 64, 128, also=(1, 2, 6, 12, 24, 48, 100, 256, 300, 512))
     top_k: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 16)
     scenarios: tuple[str, ...] = SCENARIOS
-    once: bool = True  #: single calls, and scenarios besides
+    once: bool = True  #: mostly single calls; False: scenarios alone
 
 
-#: Problems for sequences of calls, each of which is many: what is mixed matters there, not the sizes.
+#: Problems for sequences of many calls: the mixture matters there, not the sizes.
 SEQUENCES = Space(
     tokens=(1, 2, 3, 5, 9, 17, 20), hidden=(48, 64, 80, 136), inner=(32, 40, 64, 72), experts=(2, 3, 4, 8, 16, 24),
     top_k=(1, 2, 3), scenarios=("sequence.calls",), once=False,
@@ -73,14 +73,14 @@ SEQUENCES = Space(
 
 
 def counted(problem: Problem) -> int:
-    """Bytes that a problem counts as: those of its weights and batch, or what its multiplications amount to."""
+    """Bytes that a problem counts as: of its weights and batch, or the equivalent of its multiplications (WORK)."""
     pairs = problem.tokens * (problem.top_k + problem.shared_experts)
     work = pairs * (problem.w13_rows + problem.intermediate_size) * problem.hidden_size // WORK
     return max(weight_bytes(problem) + batch_bytes(problem), work)
 
 
 def cases(space: Space, most: int) -> Any:
-    """The strategy of Cases of at most so many bytes. Shrinks towards small sizes and towards what comes first."""
+    """The strategy of Cases of at most `most` bytes. Shrinks towards small sizes and towards the first options."""
     from hypothesis import strategies
 
     @strategies.composite
@@ -89,7 +89,7 @@ def cases(space: Space, most: int) -> Any:
             return options[draw(place(len(options))) - FAR]
 
         def fitting(name: str, options: tuple[int, ...]) -> Problem:
-            """The problem with one of the sizes that do not make it too large; the smallest is always among them."""
+            """The problem with one of the sizes that keep it within `most` bytes, or with the smallest."""
 
             def sized(n: int) -> Problem:
                 change: dict[str, Any] = {name: n}
@@ -98,7 +98,7 @@ def cases(space: Space, most: int) -> Any:
             fits = bisect_right(options, most, key=lambda n: counted(sized(n)))
             return sized(one(options[: max(1, fits)]))
 
-        # Always as many choices, whatever they are: one that changes while shrinking must not change what others mean.
+        # Always the same number of choices: one that changes while shrinking must not change what the others mean.
         dtype, experts = one(DTYPES), one(space.experts)
         top_k = one([k for k in space.top_k if k <= experts])
         quant, activation, limit = (
@@ -134,10 +134,10 @@ def cases(space: Space, most: int) -> Any:
 
 @dataclass
 class Fuzzed:
-    """What came of it."""
+    """The result of a search."""
 
-    found: Verdict | None = None
-    every_time: bool = True  #: it failed once more in a process of its own
+    found: Verdict | None = None  #: of the smallest case that fails
+    every_time: bool = True  #: it failed once more in a new process
     ran: Counter[str] = field(default_factory=Counter)  #: fills, dtypes and schemes of the cases that ran
     cases: int = 0  #: that ran until the first that failed, or until the end
     shrinking: int = 0  #: that ran after it
@@ -151,53 +151,56 @@ class _Enough(Exception):
 
 
 def fuzz(
-    apart: IsolatedRunner, space: Space, *, seed: int, seconds: float, most: int, examples: int | None = None,
+    runner: IsolatedRunner, space: Space, *, seed: int, seconds: float, most: int, examples: int | None = None,
     progress: Callable[[Fuzzed, Case], None] = lambda fuzzed, case: None,
 ) -> Fuzzed:  # fmt: skip
-    """Cases of at most `most` bytes each, for so many seconds or (if given) examples, until one is not green."""
-    told = Fuzzed()
+    """Run cases of at most `most` bytes each until one fails, or for this many seconds or (if not None) examples.
+
+    progress: called before each case.
+    """
+    fuzzed = Fuzzed()
     started = time.monotonic()
     shrink_until = float("inf")
 
     def ask(case: Case) -> Verdict | None:
         nonlocal shrink_until
         now = time.monotonic()
-        if told.found is None and (now > started + seconds or told.cases == examples):
+        if fuzzed.found is None and (now > started + seconds or fuzzed.cases == examples):
             raise _Enough
         if now > shrink_until:
             return None
-        progress(told, case)
-        verdict = apart.run(case)
+        progress(fuzzed, case)
+        verdict = runner.run(case)
         if verdict.status == "unsupported":
-            told.refused[verdict.reason.partition(":")[0]] += 1
+            fuzzed.refused[verdict.reason.partition(":")[0]] += 1
             return None
-        if told.found is not None:
-            told.shrinking += 1
+        if fuzzed.found is not None:
+            fuzzed.shrinking += 1
         else:
-            _count(told, case, verdict)
+            _count(fuzzed, case, verdict)
         if verdict.green:
             return None
-        if told.found is None:
-            told.found, shrink_until = verdict, time.monotonic() + SHRINKING
+        if fuzzed.found is None:
+            fuzzed.found, shrink_until = verdict, time.monotonic() + SHRINKING
         return verdict
 
     try:
         if shrunk := find_minimal(cases(space, most), ask, seed=seed, examples=ENDLESS, shrinks=SHRINKS):
             case, verdict = shrunk
-            again = apart.anew(case)  # the diagnosis of a failure is for the first few of a process
-            told.found, told.every_time = (verdict, False) if again.green else (again, True)
+            again = runner.run_fresh(case)  # a process diagnoses only its first failures
+            fuzzed.found, fuzzed.every_time = (verdict, False) if again.green else (again, True)
     except _Enough:
         pass
-    told.seconds = time.monotonic() - started
-    return told
+    fuzzed.seconds = time.monotonic() - started
+    return fuzzed
 
 
-def _count(told: Fuzzed, case: Case, verdict: Verdict) -> None:
-    told.cases += 1
-    told.mistrusted += verdict.status == "mistrusted"
-    told.ran[case.fill] += 1
-    told.ran[case.problem.dtype] += 1
-    told.ran["fp8" if case.problem.quant else "unquantized"] += 1
+def _count(fuzzed: Fuzzed, case: Case, verdict: Verdict) -> None:
+    fuzzed.cases += 1
+    fuzzed.mistrusted += verdict.status == "mistrusted"
+    fuzzed.ran[case.fill] += 1
+    fuzzed.ran[case.problem.dtype] += 1
+    fuzzed.ran["fp8" if case.problem.quant else "unquantized"] += 1
 
 
 def home(case: Case) -> str:

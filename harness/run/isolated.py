@@ -1,7 +1,7 @@
-"""Cases judged in a process apart: one that crashes, hangs or loses the device costs that process, and is a verdict.
+"""Cases judged in an isolated process: a crash, a hang or a lost device ends that process, and is a verdict.
 
-The process is forked on the CPU; a GPU's driver does not survive that, so that there it is started anew. So it is where
-a time limit is running already: a fork of faulthandler's watchdog would wait for a thread that it does not have.
+On the CPU the process is forked. It is spawned on a GPU, whose driver does not survive a fork, and where a time limit
+is running already: a fork of faulthandler's watchdog would wait for a thread that does not exist in the child.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ from harness.problem.case import Case
 from harness.results.verdict import Verdict
 
 LIMIT = 120.0  #: seconds for one case
-STARTING = 120  #: seconds to begin with, for imports in a new process
+STARTING = 120  #: seconds more for the first case of a process, for its imports
 
 
-class Broken(Exception):
-    """The process failed at something that is no kernel's fault; the message is its traceback."""
+class RunnerError(Exception):
+    """An error of the harness in the worker, not of a kernel; the message is its traceback."""
 
 
 class IsolatedRunner:
-    """`with Apart(spec, device) as apart: apart.run(case)`: verdicts on one backend, each from a living process."""
+    """Verdicts on one backend from a worker process, which is replaced when it ends.
+
+    Use it as `with IsolatedRunner(spec, device) as runner: runner.run(case)`. limit: seconds for one case; forks: False
+    spawns the worker on the CPU too.
+    """
 
     def __init__(self, spec: str, device: Device, limit: float = LIMIT, forks: bool = True) -> None:
         self.spec, self.device, self.limit = spec, device, limit
@@ -41,23 +45,26 @@ class IsolatedRunner:
         self._context: Any = multiprocessing.get_context("fork" if self._forks else "spawn")
         self._process: Any = None
         self._pipe: Any = None
-        self._room = tempfile.TemporaryDirectory(prefix="moe-apart-")
-        self._stacks = Path(self._room.name) / "stacks"  #: where every thread was when a process was ended by a signal
+        self._directory = tempfile.TemporaryDirectory(prefix="moe-isolated-")
+        self._stacks = Path(self._directory.name) / "stacks"  #: where every thread was when a signal ended the worker
 
     def __enter__(self) -> IsolatedRunner:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._end()
-        self._room.cleanup()
+        self._directory.cleanup()
 
-    def anew(self, case: Case) -> Verdict:
-        """The verdict of a process that has seen nothing else."""
+    def run_fresh(self, case: Case) -> Verdict:
+        """The verdict of a new process, in which no other case has run."""
         self._end()
         return self.run(case)
 
     def run(self, case: Case) -> Verdict:
-        """The verdict; crashed or hung, with the process replaced for the next, if there was none."""
+        """The verdict. "crashed" or "hung" if the worker ended or did not answer; the next case gets a new worker.
+
+        RunnerError for an error of the harness in the worker.
+        """
         waiting = self.limit + GRACE
         if self._process is None:
             self._pipe, theirs = self._context.Pipe()
@@ -69,24 +76,21 @@ class IsolatedRunner:
             waiting += STARTING
         try:
             self._pipe.send(str(case))
-            # The process ends itself after its limit; a driver call in which no thread runs is ended from here.
-            told = self._pipe.recv() if self._pipe.poll(waiting + GRACE) else self._none(case, "hung", self._hung())
+            # The worker ends itself after its limit; the parent ends a worker that is stuck in a call of the driver.
+            answered = self._pipe.poll(waiting + GRACE)
+            answer = self._pipe.recv() if answered else self._no_answer(case, "hung", _hung(self.limit))
         except (EOFError, OSError):
-            told = self._none(case, "crashed", self._how_it_ended())
-        if isinstance(told, str):
-            raise Broken(told)
-        told.spec = self.spec
-        if told.status == "hung" or told.reason.startswith("device lost"):
+            answer = self._no_answer(case, "crashed", self._how_it_ended())
+        if isinstance(answer, str):
+            raise RunnerError(answer)
+        if answer.status == "hung" or answer.device_lost:
             self._end()
-        return told
+        return answer
 
-    def _none(self, case: Case, status: str, reason: str) -> Verdict:
+    def _no_answer(self, case: Case, status: str, reason: str) -> Verdict:
         self._end()
         report = f"{reason}\n{self._stacks.read_text()}" if self._stacks.exists() else reason
-        return Verdict(str(case), self.spec, str(self.device), status, reason=reason, report=report)
-
-    def _hung(self) -> str:
-        return f"no answer in {self.limit:g} s"
+        return Verdict(str(case), self.spec, str(self.device), status, reason=reason, report=report, spec=self.spec)
 
     def _how_it_ended(self) -> str:
         self._process.join()
@@ -101,10 +105,14 @@ class IsolatedRunner:
             self._process = None
 
 
+def _hung(limit: float) -> str:
+    return f"no answer in {limit:g} s"
+
+
 def _serve(
     pipe: Connection, forked: Connection | None, spec: str, device: Device, limit: float, stacks: Path, path: list[str]
 ) -> None:
-    """Descriptors in, verdicts out; a str instead is the traceback of what is nobody's verdict."""
+    """Receive descriptors, send verdicts. A str instead of a verdict is the traceback of an error in the harness."""
     if forked is not None:
         forked.close()  # the parent's end, or this process would never see that the parent is gone
     sys.path[:] = path
@@ -122,7 +130,7 @@ def _serve(
             faulthandler.enable(dump)
             while True:
                 case = Case.parse(pipe.recv())
-                verdict = Verdict(str(case), backend.name, str(device), "hung", reason=f"no answer in {limit:g} s")
+                verdict = Verdict(str(case), backend.name, str(device), "hung", reason=_hung(limit), spec=spec)
 
                 def hung(verdict: Verdict = verdict) -> None:
                     verdict.report = f"{verdict.reason}\n{stacks.read_text()}"
@@ -131,12 +139,13 @@ def _serve(
 
                 with time_limit(limit, hung, dump):
                     try:
-                        verdict = run_case(case, backend, device)
+                        verdict = run_case(case, backend, device, spec=spec)
                     except DeviceLost as error:
                         verdict.status, verdict.reason = "crashed", f"device lost: {error}"
+                        verdict.error_type, verdict.device_lost = type(error).__name__, True
                         verdict.report = traceback.format_exc()
                 pipe.send(verdict)
-    except EOFError:  # the parent is done
+    except EOFError:  # the parent has closed its end
         return
-    except Exception:  # told to the parent, which raises
+    except Exception:  # the parent raises it as RunnerError
         pipe.send(traceback.format_exc())

@@ -1,8 +1,10 @@
-"""Scenarios: which calls a case makes, in which order. `run_scenario(session)` runs a case's own; registry.py says how
-to write one. A module of this room must be in the list below, or its scenarios are unknown (a test holds that).
+"""Scenarios: which calls a case makes, in which order. `run_scenario(session)` runs the case's own, `scenarios()` lists
+all of them; registry.py says how to write one.
+
+Every module of this room must be in the list below: its scenarios are registered by the import.
 """
 
-from harness.scenarios import (  # noqa: F401 - they register their scenarios
+from harness.scenarios import (  # noqa: F401 - each registers its scenarios
     alignment,
     arguments,
     bad_input,

@@ -1,6 +1,6 @@
-"""Scenarios of bad input: each must raise, say what is wrong, and write nothing; and the next good call is right.
+"""Scenarios of bad input: the call raises, names what is wrong and writes nothing; the next good call is right.
 
-A fault is a function that spoils one argument of an otherwise good call, and the words of which the message must hold
+A fault is a function that changes one argument of an otherwise good call, and words of which the message must contain
 one. For backends that promise "errors".
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from harness.backend import Layer, Unsupported
+from harness.inputs.draw import Inputs
 from harness.scenarios.registry import must_refuse, require_promise, scenario, start
 from harness.session.session import Session
 from harness.trace.tracing import poison_
@@ -22,7 +23,7 @@ from harness.trace.tracing import poison_
 
 @dataclass
 class Call:
-    """The arguments of a call, to be spoiled."""
+    """The arguments of a call, for a fault to change."""
 
     hidden_states: Tensor
     topk_weights: Tensor
@@ -31,27 +32,43 @@ class Call:
     layer: Layer
 
 
-def _fault(name: str, *words: str) -> Callable:
-    def register(spoil: Callable[[Call], None]) -> Callable:
+@dataclass(frozen=True)
+class Fault:
+    """A change of one argument, whose docstring says which, and words of which the error message must contain one."""
+
+    spoil: Callable[[Call], None]
+    words: tuple[str, ...]
+
+    def check(self, s: Session, inputs: Inputs, call: Callable[..., Any]) -> None:
+        """The call with the bad argument must be refused, and the same call with good arguments be right."""
+        layer = inputs.backend_layer
+        kept = replace(layer)
+        x = inputs.hidden_states
+        bad = Call(x, inputs.topk_weights, inputs.topk_ids, poison_(torch.empty_like(x)), layer)
+        self.spoil(bad)
+        must_refuse(
+            s,
+            self.spoil.__doc__ or self.spoil.__name__,
+            self.words,
+            lambda: call(bad.hidden_states, bad.topk_weights, bad.topk_ids, out=bad.out),
+            {"out": bad.out},
+        )
+        for field in fields(Layer):
+            setattr(layer, field.name, getattr(kept, field.name))
+        s.check(call, inputs, "the next good call")
+
+
+FAULTS: dict[str, Fault] = {}  #: by name; the scenario of each is error.<name>
+
+
+def _fault(name: str, *words: str) -> Callable[[Callable[[Call], None]], Callable[[Call], None]]:
+    def register(spoil: Callable[[Call], None]) -> Callable[[Call], None]:
+        fault = FAULTS[name] = Fault(spoil, words)
+
         @scenario(f"error.{name}")
         def refused(s: Session) -> None:
             require_promise(s, "errors")
-            inputs, call = start(s)
-            layer = inputs.backend_layer
-            kept = replace(layer)
-            x = inputs.hidden_states
-            bad = Call(x, inputs.topk_weights, inputs.topk_ids, poison_(torch.empty_like(x)), layer)
-            spoil(bad)
-            must_refuse(
-                s,
-                spoil.__doc__ or name,
-                words,
-                lambda: call(bad.hidden_states, bad.topk_weights, bad.topk_ids, out=bad.out),
-                {"out": bad.out},
-            )
-            for field in fields(Layer):
-                setattr(layer, field.name, getattr(kept, field.name))
-            s.check(call, inputs, "the next good call")
+            fault.check(s, *start(s))
 
         return spoil
 
@@ -198,7 +215,7 @@ def weight_on_input_top_k(call: Call) -> None:
     problem = call.layer.problem
     known: dict[str, Any] = {f.name: getattr(problem, f.name) for f in fields(problem)}
     known |= {"router_weight_on_input": True, "gated": problem.gated}
-    call.layer.problem = SimpleNamespace(**known)  # type: ignore[assignment]  # no Problem can say this
+    call.layer.problem = SimpleNamespace(**known)  # type: ignore[assignment]  # a Problem refuses this combination
 
 
 @_fault("device", "device")

@@ -1,4 +1,4 @@
-"""Scenarios that every backend is asked: once, repeated calls, growing batches, the path that was promised."""
+"""Scenarios for every backend: one call, repeated calls, growing batches, the promised path."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from harness.scenarios.registry import batch, require_promise, scenario, start
 from harness.session.session import Session
 from harness.trace.bits import raw
 
-#: Of a weight: together with the eight of an exact output they fit into float32, so nothing rounds but the store.
+#: Bits of a router weight. With the 8 bits of an exact output they fit into float32: only the store rounds.
 BITS = 12
 
 
 @scenario("once.fine_weights")
 def fine_weights(s: Session) -> None:
-    """One slot's output is exact; times its weight it is rounded once, wherever the weight is applied after GEMM 2."""
+    """Router weights of 12 bits: the only slot's output is exact, and is rounded once, after its weight is applied."""
     problem = s.case.problem
     if problem.router_weight_on_input:
         raise Unsupported("router_weight_on_input: a weighted input is not exact")
@@ -29,19 +29,20 @@ def fine_weights(s: Session) -> None:
     draw = torch.Generator().manual_seed(s.case.seed)
     steps = torch.randint(2 ** (BITS - 1), 2**BITS, inputs.topk_weights.shape, generator=draw)
     weights = (steps.float() * 2.0**-BITS).to(inputs.topk_weights.device)
-    s.check(call, replace(inputs, topk_weights=weights, variant="fine router weights"), "router weights of 12 bits")
+    s.check(call, replace(inputs, topk_weights=weights), "router weights of 12 bits")
 
 
 @scenario("once")
 def once(s: Session) -> None:
+    """One call."""
     inputs, call = start(s)
     s.check(call, inputs)
 
 
 @scenario("repeat.bits")
 def repeat_bits(s: Session) -> None:
-    """The same call gives the same bits: no race, no leftover of the call before."""
-    if getattr(s.backend, "deterministic", True) is not True:
+    """Three calls with the same inputs return the same bits: no race, no leftover of an earlier call."""
+    if not s.backend.deterministic:
         raise Unsupported(f"scenario: {s.backend.name} declares that it is not deterministic")
     inputs, call = start(s)
     first = s.check(call, inputs, "first call").clone()
@@ -52,7 +53,7 @@ def repeat_bits(s: Session) -> None:
 
 @scenario("repeat.leak")
 def repeat_leak(s: Session) -> None:
-    """A call after one whose every row was NaN: nothing of it may be left in a buffer."""
+    """A call after a call with hidden_states full of NaN: no buffer keeps a NaN."""
     inputs, call = start(s)
     s.check(call, inputs, "before")
     poisoned = replace(inputs, hidden_states=torch.full_like(inputs.hidden_states, float("nan")))
@@ -62,8 +63,8 @@ def repeat_leak(s: Session) -> None:
 
 @scenario("path.launches")
 def path_launches(s: Session) -> None:
-    """The path that was promised is the path taken, by the names of the kernels launched."""
-    if not hasattr(s.backend, "expected_launches"):
+    """The names of the launched kernels are those of the promised path."""
+    if s.backend.expected_launches is None:
         raise Unsupported(f"scenario: {s.backend.name} declares no expected_launches")
     inputs, call = start(s)
     s.check(call, inputs)
@@ -77,7 +78,7 @@ def path_launches(s: Session) -> None:
 
 @scenario("batch.sizes")
 def batch_sizes(s: Session) -> None:
-    """Batches that grow and shrink under one prepared layer, zero tokens among them."""
+    """Batches that grow and shrink under one prepared layer, including an empty batch."""
     inputs, call = start(s)
     for tokens in (s.case.problem.tokens, 1, 2 * s.case.problem.tokens + 1, 0, 5, s.case.problem.tokens):
         s.check(call, batch(s, inputs, tokens=tokens), f"{tokens} tokens")
@@ -85,7 +86,7 @@ def batch_sizes(s: Session) -> None:
 
 @scenario("batch.routings")
 def batch_routings(s: Session) -> None:
-    """One prepared layer sees even, skewed and one-sided routings in turn."""
+    """Even, skewed and one-sided routings in turn under one prepared layer."""
     inputs, call = start(s)
     for routing in ("uniform", "one", "balanced", "half", "skewed"):
         s.check(call, batch(s, inputs, routing=routing), f"{routing} routing")
@@ -93,7 +94,8 @@ def batch_routings(s: Session) -> None:
 
 @scenario("win.no_extra_tensor")
 def no_extra_tensor(s: Session) -> None:
-    """Router weight on input is applied inside the kernels: no tensor more, no byte more than on output."""
+    """A router weight on the input is applied inside the kernels: it allocates no tensor and no byte more than a router
+    weight on the output."""
     require_promise(s, "no_extra_tensor")
     inputs, call = start(s)
     s.check(call, inputs, "router weight on input")

@@ -1,12 +1,13 @@
-"""Scenarios of what a backend may choose from: every tile configuration, and the same bits whatever the batch.
+"""Scenarios of a backend's choices: every tile configuration, and the same bits in batches of any size.
 
-For backends with configurations(problem), names and keyword options for prepare(); and for those that declare
-batch_invariant: True, or "configured" if it takes one fixed configuration to be so.
+For backends with configurations(problem), which maps names to keyword options of prepare(); and for backends that
+declare batch_invariant: True, or "configured" if they are invariant under one fixed configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +19,19 @@ from harness.scenarios.metamorphic import tokens_of
 from harness.scenarios.registry import scenario
 from harness.session.session import Session
 
-INVARIANT = (True, False, "configured")  #: what batch_invariant may be
 
-
-def configurations(s: Session, problem: Problem) -> dict[str, dict]:
-    """The backend's, by name; Unsupported if it has none."""
-    if not hasattr(s.backend, "configurations"):
+def configurations(s: Session, problem: Problem) -> dict[str, dict[str, Any]]:
+    """The backend's configurations by name; Unsupported if it has none."""
+    if s.backend.configurations is None:
         raise Unsupported(f"scenario: {s.backend.name} has no configurations")
-    found = s.backend.configurations(problem)
-    s.require(bool(found), "configurations() is empty; leave it out if there is nothing to choose from")
-    return found
+    choice = s.backend.configurations(problem)
+    s.require(bool(choice), "configurations() is empty; leave it out if there is nothing to choose from")
+    return choice
 
 
 @scenario("config.all")
 def every_configuration(s: Session) -> None:
-    """Not only the configuration that this batch gets: each that any batch could get serves it."""
+    """Every configuration that any batch may get computes this batch."""
     inputs = s.draw()
     choice = configurations(s, inputs.case.problem)
     for name, options in choice.items():
@@ -45,33 +44,32 @@ def every_configuration(s: Session) -> None:
 @scenario("relation.batch_invariant")
 def batch_invariant(s: Session) -> None:
     """A token's row has the same bits alone, among a few, and in a batch three times as large."""
-    declared, problem = getattr(s.backend, "batch_invariant", False), s.case.problem
-    s.require(declared in INVARIANT, f"batch_invariant={declared!r}; valid: {', '.join(map(repr, INVARIANT))}")
+    declared, problem = s.backend.batch_invariant, s.case.problem
     if declared is False:
         raise Unsupported(f"scenario: {s.backend.name} does not declare batch_invariant")
     if problem.quant is not None and problem.quant.activation == "tensor":
         raise Unsupported("quant: a dynamic per-tensor scale belongs to the whole batch")
     inputs = s.draw()
     if declared is True:
-        _ask_in_batches(s, inputs, s.prepare(problem, inputs.backend_layer), "")
+        _check_batches(s, inputs, s.prepare(problem, inputs.backend_layer), "")
         return
     choice = configurations(s, problem)
     for name in dict.fromkeys((next(iter(choice)), list(choice)[-1])):  # the table's two ends: each costs five calls
-        _ask_in_batches(s, inputs, s.prepare(problem, inputs.backend_layer, **choice[name]), f", configuration {name}")
+        _check_batches(s, inputs, s.prepare(problem, inputs.backend_layer, **choice[name]), f", configuration {name}")
 
 
-def _ask_in_batches(s: Session, inputs: Inputs, call: Callable, how: str) -> None:
+def _check_batches(s: Session, inputs: Inputs, call: Callable[..., Tensor], how: str) -> None:
     tokens = inputs.case.problem.tokens
-    everybody = torch.arange(tokens, device=inputs.hidden_states.device)
+    every = torch.arange(tokens, device=inputs.hidden_states.device)
     whole = s.check(call, inputs, f"the whole batch{how}").clone()
     batches = {
-        "the first token alone": everybody[:1],
-        "the last token alone": everybody[-1:],
-        "three of the middle": everybody[tokens // 2 :][:3],
-        "three times the batch": everybody.repeat(3),
+        "the first token alone": every[:1],
+        "the last token alone": every[-1:],
+        "three of the middle": every[tokens // 2 :][:3],
+        "three times the batch": every.repeat(3),
     }
     for name, rows in batches.items():
-        got, _ = s.call(call, tokens_of(inputs, name, rows), name + how)
+        got, _ = s.call(call, tokens_of(inputs, rows), name + how)
         wrong = torch.nonzero((_bits(got) != _bits(whole[rows])).any(1)).flatten().tolist()
         s.require(
             not wrong,
@@ -80,5 +78,5 @@ def _ask_in_batches(s: Session, inputs: Inputs, call: Callable, how: str) -> Non
 
 
 def _bits(rows: Tensor) -> Tensor:
-    """[T, bytes of a row]."""
+    """The rows as bytes, [T, bytes of a row] uint8."""
     return rows.contiguous().view(torch.uint8)

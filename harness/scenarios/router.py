@@ -3,13 +3,12 @@
 For backends with route(logits, top_k, method, **options) -> (topk_weights float32 [T, k], topk_ids int32 [T, k]). The
 options are those of reference.routing.route, and, for the scenarios of these names, id_map, fused_shared, scale_later
 and num_valid_tokens (kernels/triton/topk.py). A Problem's tokens, num_experts, top_k, dtype and padded describe the
-logits; the fill says which: `exact` well separated, `random` normal, `extreme` a row of each of EXTREMES in turn.
+logits, and the fill their values: `exact` well separated, `random` normal, `extreme` a row of each of EXTREMES in turn.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,35 +22,50 @@ from harness.inputs.logits import BIASES, draw_logits
 from harness.scenarios.registry import must_refuse, require_promise, scenario, start
 from harness.scenarios.stage_call import accept, call_stage, require_options, require_tensor, stage
 from harness.session.session import Session
-from harness.trace.bits import raw
+from harness.trace.bits import same_bits
 from reference.routing import Routing, judge_routing, route, weights_of
 
-#: Scenario route.<name>: arguments of the reference. bias: a name of BIASES.
-WAYS: dict[str, dict[str, Any]] = {
-    "softmax": dict(method="softmax_topk"),
-    "softmax_renorm": dict(method="softmax_topk", renormalize=True),
-    "topk_softmax": dict(method="topk_softmax"),
-    "sigmoid": dict(method="sigmoid"),
-    "sigmoid_renorm": dict(method="sigmoid", renormalize=True),
-    "scaling": dict(method="softmax_topk", renormalize=True, routed_scaling_factor=2.5),
-    "scaling_sigmoid": dict(method="sigmoid", routed_scaling_factor=0.3),
-    "softmax_bias": dict(method="grouped", scoring="softmax", bias="even"),
-    **{
-        name + suffix: dict(method="grouped", renormalize=True, routed_scaling_factor=2.5, bias=bias, **groups)
-        for name, groups in {
-            "grouped": dict(),
-            **{f"groups{n}_{m}": dict(num_groups=n, topk_groups=m)
-               for n, m in ((2, 1), (2, 2), (3, 2), (4, 1), (4, 3), (5, 2), (8, 1), (8, 4), (8, 7), (8, 8))},
-        }.items()
-        for suffix, bias in (("", None), ("_bias", "even"), ("_bias12", "twelve"), ("_negative", "negative"))
-    },
-    **{f"groups{n}_{m}_softmax": dict(method="grouped", scoring="softmax", num_groups=n, topk_groups=m)
-       for n, m in ((4, 2), (8, 3))},
-}  # fmt: skip
+#: (num_groups, topk_groups) of the scenarios route.groups<num_groups>_<topk_groups>.
+GROUPS = ((2, 1), (2, 2), (3, 2), (4, 1), (4, 3), (5, 2), (8, 1), (8, 4), (8, 7), (8, 8))
+#: Correction biases of the grouped scenarios, names of BIASES, by the suffix of the scenario's name.
+SUFFIXES = {"": None, "_bias": "even", "_bias12": "twelve", "_negative": "negative"}
+
+
+def _ways() -> dict[str, dict[str, Any]]:
+    """Scenario route.<name>: arguments of the reference; bias is a name of BIASES.
+
+    The plain methods; then the grouped router as DeepSeek-V3 uses it (sigmoid, renormalized, scaled), with one group
+    and with each of GROUPS, each with every bias of SUFFIXES; then two grouped routers by softmax.
+    """
+    ways: dict[str, dict[str, Any]] = {
+        "softmax": dict(method="softmax_topk"),
+        "softmax_renorm": dict(method="softmax_topk", renormalize=True),
+        "topk_softmax": dict(method="topk_softmax"),
+        "sigmoid": dict(method="sigmoid"),
+        "sigmoid_renorm": dict(method="sigmoid", renormalize=True),
+        "scaling": dict(method="softmax_topk", renormalize=True, routed_scaling_factor=2.5),
+        "scaling_sigmoid": dict(method="sigmoid", routed_scaling_factor=0.3),
+        "softmax_bias": dict(method="grouped", scoring="softmax", bias="even"),
+    }
+    groups: dict[str, dict[str, int]] = {"grouped": {}}
+    groups |= {f"groups{n}_{kept}": dict(num_groups=n, topk_groups=kept) for n, kept in GROUPS}
+    for name, sizes in groups.items():
+        for suffix, bias in SUFFIXES.items():
+            grouped: dict[str, Any] = dict(method="grouped", renormalize=True, routed_scaling_factor=2.5, bias=bias)
+            ways[name + suffix] = grouped | sizes
+    for n, kept in ((4, 2), (8, 3)):
+        ways[f"groups{n}_{kept}_softmax"] = dict(method="grouped", scoring="softmax", num_groups=n, topk_groups=kept)
+    return ways
+
+
+WAYS = _ways()
 
 
 def check(s: Session, way: str, what: str = "", tokens: int | None = None, **more: Any) -> tuple[Tensor, Tensor]:
-    """Route one batch and judge it; returns (topk_weights, topk_ids). more: arguments beside those of WAYS[way]."""
+    """Route one batch and judge it; returns (topk_weights float32, topk_ids int32), [T, k].
+
+    tokens: of the batch, those of the case by default; more: arguments beside those of WAYS[way].
+    """
     problem, device = s.case.problem, s.device.torch
     arguments = dict(WAYS[way]) | more
     logits = draw_logits(s.case, device, tokens)
@@ -69,22 +83,22 @@ def check(s: Session, way: str, what: str = "", tokens: int | None = None, **mor
     slots = problem.top_k + arguments.get("fused_shared", 0)
     require_tensor(s, "topk_weights", weights, (len(logits), slots), torch.float32, what)
     require_tensor(s, "topk_ids", ids, (len(logits), slots), torch.int32, what)
-    found_weights, found_ids = weights.cpu(), ids.cpu()
-    complaints, found_weights, found_ids = _undone(arguments, problem.num_experts, found_weights, found_ids)
-    expected = _expected(s, logits.cpu()[: len(found_ids)], arguments)
+    complaints, routed_weights, routed_ids = _routed(arguments, problem.num_experts, weights.cpu(), ids.cpu())
+    expected = _expected(s, logits.cpu()[: len(routed_ids)], arguments)
     if not complaints:
-        complaints = judge_routing(expected, found_weights, found_ids)
-    if not complaints and "best_first" in getattr(s.backend, "promises", ()) and expected.correction_bias is None:
-        complaints = _out_of_order(expected, logits.cpu(), found_ids)
-    budgets = {"weights": 0.0 if complaints else _share(expected, found_weights, found_ids)}
+        complaints = judge_routing(expected, routed_weights, routed_ids)
+    if not complaints and "best_first" in s.backend.promises and expected.correction_bias is None:
+        complaints = _out_of_order(expected, logits.cpu(), routed_ids)
+    budgets = {"weights": 0.0 if complaints else _budget_used(expected, routed_weights, routed_ids)}
     accept(s, complaints, what, budgets, _doubt(s, expected))
     return weights, ids
 
 
-def _undone(
+def _routed(
     arguments: dict[str, Any], num_experts: int, weights: Tensor, ids: Tensor
 ) -> tuple[list[str], Tensor, Tensor]:
-    """(complaints, weights, ids) without what the options add to a routing: padding, other numbers, shared experts."""
+    """Remove what the options add to a routing: padding rows, mapped ids, shared experts. Returns complaints about
+    these, and the weights and ids that remain."""
     complaints = []
     if (num_valid := arguments.get("num_valid_tokens")) is not None:
         count = min(int(num_valid), len(ids))
@@ -112,7 +126,7 @@ def _undone(
 
 
 def _expected(s: Session, logits: Tensor, arguments: dict[str, Any]) -> Routing:
-    """The reference's answer, with narrower intervals for a backend whose small sigmoids are promised to be exact."""
+    """The reference's routing, with narrower intervals for a backend that promises "small_sigmoids"."""
     known = {k: v for k, v in arguments.items() if k not in ("id_map", "fused_shared", "num_valid_tokens")}
     if known.pop("scale_later", False):
         known["routed_scaling_factor"] = 1.0
@@ -122,9 +136,9 @@ def _expected(s: Session, logits: Tensor, arguments: dict[str, Any]) -> Routing:
     by_sigmoid = known["method"] == "sigmoid" or (
         known["method"] == "grouped" and known.get("scoring", "sigmoid") == "sigmoid"
     )
-    if not by_sigmoid or "small_sigmoids" not in getattr(s.backend, "promises", ()):
+    if not by_sigmoid or "small_sigmoids" not in s.backend.promises:
         return expected
-    # A sigmoid is the softmax of the logit and 0: the interval of that is relative, where a tanh's is absolute.
+    # A sigmoid is the softmax of the logit and 0, whose error is relative; the error of a tanh is absolute.
     x = torch.where(torch.isfinite(logits), logits, 0).double().flatten()
     narrow = route(torch.stack([x, torch.zeros_like(x)], 1), 1, "softmax_topk")
     finite = torch.isfinite(logits)
@@ -137,8 +151,9 @@ def _expected(s: Session, logits: Tensor, arguments: dict[str, Any]) -> Routing:
 
 
 def _out_of_order(expected: Routing, logits: Tensor, ids: Tensor) -> list[str]:
-    """A sentence for every token whose experts are not in order of logit, and of id where logits are equal, or that has
-    an expert where one of a smaller id, of the same logit and an equally good group, is left out. Without a bias."""
+    """A sentence for each token that breaks the promise "best_first": its experts must be in order of logit, and of id
+    where logits are equal, and of experts with the same logit and equally good groups the smallest ids must be chosen.
+    For routings without a bias."""
     x = torch.where(torch.isnan(logits), -math.inf, logits.float())[: len(ids)]
     ids = ids.long()
     chosen = torch.zeros_like(x, dtype=torch.bool).scatter_(1, ids, True)
@@ -157,22 +172,23 @@ def _out_of_order(expected: Routing, logits: Tensor, ids: Tensor) -> list[str]:
     ]
 
 
-def _share(expected: Routing, weights: Tensor, ids: Tensor) -> float:
-    """The largest share of a weight's interval, on its side of the expected weight, that was used. Of those alone that
-    cannot have vanished, and have a largest value."""
+def _budget_used(expected: Routing, weights: Tensor, ids: Tensor) -> float:
+    """The largest share of a weight's interval, on its side of the expected weight, that is used. Counts only weights
+    whose interval excludes zero and is finite."""
     wanted, low, high = weights_of(expected, ids.long())
-    off = weights.double() - wanted
-    room = torch.where(off > 0, high - wanted, wanted - low)
-    told = (off != 0) & (low > 0) & torch.isfinite(high)
-    share = torch.where(told, off.abs() / room, 0.0)
+    difference = weights.double() - wanted
+    width = torch.where(difference > 0, high - wanted, wanted - low)
+    counted = (difference != 0) & (low > 0) & torch.isfinite(high)
+    share = torch.where(counted, difference.abs() / width, 0.0)
     return float(share.max()) if share.numel() else 0.0
 
 
 def _doubt(s: Session, expected: Routing) -> str | None:
+    """Why a match proves little, or None."""
     if not expected.near_tie.numel():
         return "there is no token to route"
     vague = expected.near_tie | expected.topk_weights.isnan().any(1)
-    if bool(vague.all()) and "best_first" not in getattr(s.backend, "promises", ()):
+    if bool(vague.all()) and "best_first" not in s.backend.promises:
         return "every token is a tie, or has no defined weights"
     return None
 
@@ -183,18 +199,18 @@ for _way in WAYS:
 
 @scenario("route.repeat")
 def repeat(s: Session) -> None:
-    """The same logits give the same bits."""
-    if getattr(s.backend, "deterministic", True) is not True:
+    """Two calls with the same logits return the same bits."""
+    if not s.backend.deterministic:
         raise Unsupported(f"scenario: {s.backend.name} declares that it is not deterministic")
     first = check(s, "groups4_3_bias", "first call")
     again = check(s, "groups4_3_bias", "second call")
     for name, a, b in zip(("topk_weights", "topk_ids"), first, again):
-        s.require(torch.equal(raw(a), raw(b)), f"the second call gave other {name} for the same logits")
+        s.require(same_bits(a, b), f"the second call gave other {name} for the same logits")
 
 
 @scenario("route.batches")
 def batches(s: Session) -> None:
-    """Batches that grow and shrink, none among them, by every method."""
+    """Batches that grow and shrink, including an empty batch, by every method."""
     most = s.case.problem.tokens
     for way in ("softmax", "topk_softmax", "sigmoid_renorm", "grouped_bias"):
         for tokens in (most, 1, 0, 2 * most + 1):
@@ -202,21 +218,21 @@ def batches(s: Session) -> None:
 
 
 def _id_map(s: Session, more: int = 0) -> Tensor:
-    """Where experts were moved to: distinct places among twice as many."""
+    """The place of each of the num_experts + more experts, [n] int32: distinct, among twice as many."""
     count = s.case.problem.num_experts + more
     return torch.randperm(2 * count, generator=generator(s.case, "map"))[:count].int().to(s.device.torch)
 
 
 @scenario("route.id_map")
 def id_map(s: Session) -> None:
-    """Every method returns the places of experts that were moved, rather than their numbers."""
+    """With id_map every method returns the mapped ids."""
     for way in ("softmax_renorm", "topk_softmax", "sigmoid", "grouped_bias", "groups2_1"):
         check(s, way, way, id_map=_id_map(s))
 
 
 @scenario("route.fused_shared")
 def fused_shared(s: Session) -> None:
-    """Shared experts take slots of their own, and no routed expert loses its own to them."""
+    """Shared experts get additional slots; the routed experts keep theirs."""
     for count, way in ((1, "scaling"), (2, "grouped_bias"), (1, "topk_softmax")):
         check(s, way, f"{way}, {count} shared", fused_shared=count)
     check(s, "scaling", "moved as well", fused_shared=2, id_map=_id_map(s, 2))
@@ -224,7 +240,7 @@ def fused_shared(s: Session) -> None:
 
 @scenario("route.scale_later")
 def scale_later(s: Session) -> None:
-    """Where the layer's output is scaled, no routed weight is, and a shared expert's is what that makes 1."""
+    """With scale_later the routed weights are unscaled, and a shared expert's weight is 1 / routed_scaling_factor."""
     for way in ("scaling", "scaling_sigmoid", "grouped_bias"):
         check(s, way, way, scale_later=True)
         check(s, way, f"{way}, 2 shared", scale_later=True, fused_shared=2)
@@ -232,7 +248,7 @@ def scale_later(s: Session) -> None:
 
 @scenario("route.num_valid_tokens")
 def num_valid_tokens(s: Session) -> None:
-    """Tokens that only fill up a batch get no expert, whatever their logits hold."""
+    """Padding tokens get no expert, for any values of their logits."""
     tokens = s.case.problem.tokens
     for count in sorted({0, 1, tokens - 1, tokens, tokens + 3}):
         known = torch.tensor([count], dtype=torch.int32, device=s.device.torch)
@@ -241,18 +257,16 @@ def num_valid_tokens(s: Session) -> None:
 
 @scenario("route.layer")
 def layer(s: Session) -> None:
-    """The layer takes what the router gives it."""
+    """The layer takes the router's outputs."""
     inputs, call = start(s)
     for way in ("topk_softmax", "grouped_bias"):
         weights, ids = check(s, way, way)
-        key = zlib.crc32(b"".join(raw(t).cpu().numpy().tobytes() for t in (weights, ids)))
-        routed = replace(inputs, topk_weights=weights, topk_ids=ids, variant=f"routed {key}")
-        s.check(call, routed, f"routed by {way}")
+        s.check(call, replace(inputs, topk_weights=weights, topk_ids=ids), f"routed by {way}")
 
 
 @scenario("route.refuses")
 def refuses(s: Session) -> None:
-    """Arguments that make no sense are refused by name."""
+    """Meaningless arguments are refused by an error that names them."""
     require_promise(s, "errors")
     problem, function = s.case.problem, stage(s, "route")
     logits = draw_logits(s.case, s.device.torch)

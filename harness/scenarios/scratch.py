@@ -1,4 +1,4 @@
-"""Scenarios of the reusable scratch object: same pointers, same results, no allocation, and clear refusals.
+"""Scenarios of the reusable scratch object: same pointers, same results, no allocation, and errors that name the fault.
 
 For backends with make_scratch(problem, device, **sizes), permute(hidden_states, topk_ids, num_experts, expert_map=,
 scratch=) and prepare(problem, layer, scratch=).
@@ -17,17 +17,19 @@ from harness.backend import Unsupported
 from harness.inputs.draw import Inputs
 from harness.scenarios.registry import batch, must_refuse, require_promise, scenario
 from harness.session.session import Session
-from harness.trace.bits import raw
+from harness.trace.bits import same_bits
 from harness.trace.tracing import Tracing, poison_
 
 
-def _start(s: Session, room: int | None = None, **sizes: Any) -> tuple[Inputs, Callable, Any]:
-    if not hasattr(s.backend, "make_scratch"):
+def _start(s: Session, capacity: int | None = None, **sizes: Any) -> tuple[Inputs, Callable[..., Tensor], Any]:
+    """Draw inputs and prepare their layer with a scratch object for `capacity` tokens (those of the case by default);
+    returns (inputs, call, scratch). sizes: further arguments of make_scratch()."""
+    if s.backend.make_scratch is None:
         raise Unsupported(f"scenario: {s.backend.name} has no scratch object")
     inputs = s.draw()
     problem = inputs.case.problem
-    held = replace(problem, tokens=max(1, room if room is not None else problem.tokens))
-    scratch = s.backend.make_scratch(held, s.device.torch, **sizes)
+    largest = replace(problem, tokens=max(1, capacity if capacity is not None else problem.tokens))
+    scratch = s.backend.make_scratch(largest, s.device.torch, **sizes)
     return inputs, s.prepare(problem, inputs.backend_layer, scratch=scratch), scratch
 
 
@@ -38,6 +40,7 @@ def buffers(scratch: Any) -> dict[str, Tensor]:
 
 def _permute(s: Session, inputs: Inputs, scratch: Any) -> Any:
     problem = inputs.case.problem
+    assert s.backend.permute is not None, "a backend with make_scratch() has permute()"
     return s.backend.permute(
         inputs.hidden_states,
         inputs.topk_ids,
@@ -49,7 +52,7 @@ def _permute(s: Session, inputs: Inputs, scratch: Any) -> Any:
 
 @scenario("scratch.reuse")
 def reuse(s: Session) -> None:
-    """The same buffers at the same addresses on every call, and the same results; poison between calls."""
+    """Every call uses the same buffers at the same addresses and returns the same results; poisoned between calls."""
     inputs, call, scratch = _start(s)
     before = {name: t.data_ptr() for name, t in buffers(scratch).items()}
     s.require(bool(before), "the scratch object holds no tensors")
@@ -63,7 +66,7 @@ def reuse(s: Session) -> None:
 
 @scenario("scratch.pointers")
 def pointers(s: Session) -> None:
-    """permute() returns the scratch's own memory every time, and a true permutation."""
+    """permute() returns the scratch's own memory every time, and a permutation of the tokens' rows."""
     inputs, _, scratch = _start(s)
     first = _permute(s, inputs, scratch)
     tensors = {n: t for n, t in vars(first).items() if isinstance(t, Tensor)}
@@ -76,7 +79,7 @@ def pointers(s: Session) -> None:
     pairs = first.permuted_idx[:rows].long()
     top_k = inputs.case.problem.top_k
     got, wanted = first.hidden_states[:rows], inputs.hidden_states[pairs // top_k]
-    s.require(torch.equal(raw(got), raw(wanted)), "permuted rows are not the tokens'")
+    s.require(same_bits(got, wanted), "permuted rows are not the tokens'")
     inverse = first.inv_permuted_idx.flatten().long()
     s.require(bool((inverse[pairs] == torch.arange(rows, device=pairs.device)).all()), "inv_permuted_idx is no inverse")
     s.require(int((inverse >= 0).sum()) == rows, "inv_permuted_idx names rows that do not exist")
@@ -94,9 +97,9 @@ def pointers(s: Session) -> None:
 
 @scenario("scratch.sizes")
 def sizes(s: Session) -> None:
-    """Batches that grow up to the scratch's room and shrink again: no row of a larger batch may be left over."""
+    """Batches that grow up to the scratch's capacity and shrink again: no row of a larger batch remains."""
     most = s.case.problem.tokens
-    inputs, call, scratch = _start(s, room=most)
+    inputs, call, scratch = _start(s, capacity=most)
     before = {name: t.data_ptr() for name, t in buffers(scratch).items()}
     for tokens in (n for n in (most, 1, most // 2, most - 1, 0, 2, most) if 0 <= n <= most):
         s.check(call, batch(s, inputs, tokens=tokens), f"{tokens} of {most} tokens")
@@ -107,7 +110,7 @@ def sizes(s: Session) -> None:
 
 @scenario("scratch.interleaved")
 def interleaved(s: Session) -> None:
-    """Two layers that share one scratch, called in turn, as all layers of a model do."""
+    """Two layers that share one scratch object, as all layers of a model do, called in turn."""
     inputs, call, scratch = _start(s)
     other = s.draw(seed=s.case.seed + 1)
     other_call = s.prepare(other.case.problem, other.backend_layer, scratch=scratch)
@@ -118,7 +121,7 @@ def interleaved(s: Session) -> None:
 
 @scenario("scratch.ids")
 def ids(s: Session) -> None:
-    """int32 and int64 ids in turn through one scratch."""
+    """int32 and int64 ids in turn with one scratch object."""
     inputs, call, _ = _start(s)
     for bits in (32, 64, 32):
         s.check(call, batch(s, inputs, ids=bits), f"int{bits} ids")
@@ -126,7 +129,7 @@ def ids(s: Session) -> None:
 
 @scenario("scratch.hidden_size")
 def hidden_size(s: Session) -> None:
-    """A scratch that holds no hidden states serves any hidden size."""
+    """A scratch object without buffers for hidden_states serves any hidden size."""
     inputs, call, scratch = _start(s, hidden_size=None, hidden_dtype=None)
     s.check(call, inputs, "scratch without hidden_size")
     other = s.draw(hidden_size=s.case.problem.hidden_size + 64)
@@ -135,7 +138,7 @@ def hidden_size(s: Session) -> None:
 
 @scenario("scratch.steady")
 def steady(s: Session) -> None:
-    """In steady state permute() allocates nothing, whatever the dtype of the ids."""
+    """In steady state permute() allocates nothing, with int32 and with int64 ids."""
     require_promise(s, "steady_scratch")
     inputs, call, scratch = _start(s)
     s.check(call, inputs)
@@ -143,12 +146,12 @@ def steady(s: Session) -> None:
         again = batch(s, inputs, ids=bits)
         with Tracing() as trace:
             _permute(s, again, scratch)
-        made = [f"{a.op} {a.shape} {a.dtype}" for a in trace.allocations]
-        s.require(not made, f"permute() with a scratch and int{bits} ids allocated: {'; '.join(made)}")
+        allocated = [f"{a.op} {a.shape} {a.dtype}" for a in trace.allocations]
+        s.require(not allocated, f"permute() with a scratch and int{bits} ids allocated: {'; '.join(allocated)}")
 
 
 def _refused(s: Session, inputs: Inputs, scratch: Any, words: tuple[str, ...], what: str) -> None:
-    """permute() must raise, say what is wrong, and write nothing."""
+    """Failed unless permute() raises an error that contains one of the words, and writes nothing to the scratch."""
     for tensor in buffers(scratch).values():
         poison_(tensor)
     must_refuse(s, what, words, lambda: _permute(s, inputs, scratch), buffers(scratch))
@@ -156,7 +159,7 @@ def _refused(s: Session, inputs: Inputs, scratch: Any, words: tuple[str, ...], w
 
 @scenario("scratch.refuses")
 def refuses(s: Session) -> None:
-    """Wrong dtype, top_k, hidden size, too many tokens, non-contiguous buffers: refused, nothing written."""
+    """A wrong dtype, top_k or hidden size, too many tokens, non-contiguous buffers: refused, and nothing is written."""
     require_promise(s, "errors")
     inputs, call, scratch = _start(s)
     problem = s.case.problem
@@ -172,8 +175,8 @@ def refuses(s: Session) -> None:
     _refused(s, replace(inputs, topk_ids=ids.float()), scratch, ("topk_ids",), "floating-point ids")
     for name, tensor in buffers(scratch).items():
         if tensor.numel() > 1:
-            apart = torch.empty(2 * tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-            strided = apart.as_strided(tensor.shape, [2 * n for n in tensor.stride()])
+            buffer = torch.empty(2 * tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+            strided = buffer.as_strided(tensor.shape, [2 * n for n in tensor.stride()])
             setattr(scratch, name, strided)
             _refused(s, inputs, scratch, ("contiguous",), f"a non-contiguous {name}")
             setattr(scratch, name, tensor)
@@ -182,12 +185,13 @@ def refuses(s: Session) -> None:
 
 @scenario("scratch.device")
 def device(s: Session) -> None:
-    """Tensors on another device than the scratch are refused; "cuda" and "cuda:0" are the same device."""
+    """Tensors on another device than the scratch object's are refused; "cuda" and "cuda:0" are one device."""
     require_promise(s, "errors")
     inputs, call, scratch = _start(s)
     elsewhere = "meta" if s.device.on_cpu else "cpu"
     away = replace(inputs, hidden_states=inputs.hidden_states.to(elsewhere), topk_ids=inputs.topk_ids.to(elsewhere))
     _refused(s, away, scratch, ("device",), f"tensors on {elsewhere}")
+    assert s.backend.make_scratch is not None
     named = s.backend.make_scratch(s.case.problem, torch.device(s.device.torch.type))
     s.check(
         s.prepare(s.case.problem, inputs.backend_layer, scratch=named),

@@ -1,7 +1,7 @@
-"""Scenarios of weights that change under a prepared layer: whatever changes, the next call must compute with it.
+"""Scenarios of weights that change under a prepared layer: the next call must compute with the new ones.
 
-A backend that keeps something derived from the weights says so by `follows`, the set of changes that it notices without
-a new prepare(): "in_place", "rebinding", "config". Left out, it follows everything.
+A backend that keeps something derived from the weights declares `follows`, the set of changes that it notices without
+a new prepare(): "in_place", "rebinding", "config". By default a backend follows all of them.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ from typing import Any
 import torch
 
 from harness.backend import Layer, Unsupported
-from harness.scenarios.registry import batch, kept_alive, require_promise, scenario, start
+from harness.scenarios.registry import batch, require_promise, scenario, start, weak_references
 from harness.session.session import Session
 from harness.trace.tracing import poison_
 
+Change = Callable[[Layer, Layer], None]  #: change(layer, new): the first gets the tensors' values of the second
+
 
 def _require_follows(s: Session, kind: str) -> None:
-    if kind not in getattr(s.backend, "follows", {"in_place", "rebinding", "config"}):
+    """Unsupported unless the backend notices changes of this kind."""
+    if kind not in s.backend.follows:
         raise Unsupported(f"scenario: {s.backend.name} declares that it does not follow {kind} changes")
 
 
-def _swap(name: str, kind: str) -> Callable:
-    """A scenario that checks a call, changes the layer's tensors into another layer's, and checks again, twice."""
+def _swap(name: str, kind: str) -> Callable[[Change], Change]:
+    """Register scenario swap.<name>: check a call, change the layer's tensors into another layer's, and check again;
+    twice."""
 
-    def register(change: Callable[[Layer, Layer], None]) -> Callable:
+    def register(change: Change) -> Change:
         @scenario(f"swap.{name}")
         def swapped(s: Session) -> None:
             _require_follows(s, kind)
@@ -53,7 +57,7 @@ def copy_(layer: Layer, new: Layer) -> None:
 
 @_swap("data_copy_", "in_place")
 def data_copy_(layer: Layer, new: Layer) -> None:
-    """A write that leaves no version behind."""
+    """A write that does not count in the tensor's version."""
     for name, tensor in layer.tensors().items():
         tensor.data.copy_(getattr(new, name))
 
@@ -70,12 +74,12 @@ def data(layer: Layer, new: Layer) -> None:
     for name, tensor in layer.tensors().items():
         old = tensor.data
         tensor.data = getattr(new, name).clone()
-        poison_(old)  # whoever still reads there computes NaN
+        poison_(old)  # a kernel that still reads there computes NaN
 
 
 @_swap("parameter", "rebinding")
 def parameter(layer: Layer, new: Layer) -> None:
-    """What a reload does: a new Parameter takes the old one's place."""
+    """A new Parameter replaces the old one, as in a reload."""
     for name in layer.tensors():
         value = getattr(new, name).clone()
         setattr(layer, name, torch.nn.Parameter(value, requires_grad=False))
@@ -83,7 +87,7 @@ def parameter(layer: Layer, new: Layer) -> None:
 
 @_swap("same_address", "rebinding")
 def same_address(layer: Layer, new: Layer) -> None:
-    """Freed and reallocated: a new tensor object with other values at the very address of the old one."""
+    """Freed and reallocated: a new tensor object with other values at the address of the old one."""
     for name, tensor in layer.tensors().items():
         storage, shape, stride = tensor.untyped_storage(), tensor.shape, tensor.stride()
         fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, shape, stride)
@@ -93,7 +97,7 @@ def same_address(layer: Layer, new: Layer) -> None:
 
 @_swap("offload", "rebinding")
 def offload(layer: Layer, new: Layer) -> None:
-    """CPU offload and restore: the values come back at another address, and the old memory is somebody else's."""
+    """CPU offload and restore: the values come back at another address, and the old memory is reused."""
     for name, tensor in layer.tensors().items():
         away = getattr(new, name).cpu().clone()
         old = tensor.data
@@ -102,39 +106,42 @@ def offload(layer: Layer, new: Layer) -> None:
         tensor.data = away.to(old.device)
 
 
-def _partial(s: Session, names: tuple[str, ...], nothing: str) -> None:
-    """Only some of the layer's tensors are replaced by another layer's."""
+def _partial(s: Session, names: tuple[str, ...], missing: str) -> None:
+    """Only these tensors of the layer become another layer's; Unsupported, because of `missing`, if it has none."""
     _require_follows(s, "in_place")
     inputs, call = start(s)
-    layer, mine = inputs.backend_layer, [n for n in names if getattr(inputs.backend_layer, n) is not None]
-    if not mine:
-        raise Unsupported(f"scenario: {nothing}")
+    layer, present = inputs.backend_layer, [n for n in names if getattr(inputs.backend_layer, n) is not None]
+    if not present:
+        raise Unsupported(f"scenario: {missing}")
     s.check(call, inputs, "before the swap")
     other = s.draw(seed=s.case.seed + 1)
-    for name in mine:
+    for name in present:
         getattr(layer, name).copy_(getattr(other.backend_layer, name))
-    mixed = replace(inputs.layer, **{n: getattr(other.layer, n) for n in mine})
-    s.check(call, replace(inputs, layer=mixed, variant="+".join(mine)), f"after a new {', '.join(mine)}")
+    mixed = replace(inputs.layer, **{n: getattr(other.layer, n) for n in present})
+    s.check(call, replace(inputs, layer=mixed), f"after a new {', '.join(present)}")
 
 
 @scenario("swap.scales")
 def scales(s: Session) -> None:
+    """The scales alone change."""
     _partial(s, ("w13_scale", "w2_scale", "a13_scale", "a2_scale"), "the layer has no scales")
 
 
 @scenario("swap.bias")
 def bias(s: Session) -> None:
+    """The biases alone change."""
     _partial(s, ("w13_bias", "w2_bias"), "the layer has no bias")
 
 
 @scenario("swap.w2")
 def only_w2(s: Session) -> None:
+    """w2 alone changes."""
     _partial(s, ("w2",), "")
 
 
 @scenario("swap.expert_map")
 def expert_map(s: Session) -> None:
-    """The experts move to other places of this rank (and so does the map alone, rebound and in place)."""
+    """The expert_map alone changes, by rebinding and then in place: the experts of this rank change places."""
     _require_follows(s, "rebinding")
     inputs, call = start(s)
     layer = inputs.backend_layer
@@ -150,11 +157,11 @@ def expert_map(s: Session) -> None:
             layer.expert_map = new.clone()
         else:
             layer.expert_map.copy_(new)
-        moved = replace(inputs.layer, expert_map=new)
-        s.check(call, replace(inputs, layer=moved, variant=f"map{n}"), "after a new expert_map")
+        s.check(call, replace(inputs, layer=replace(inputs.layer, expert_map=new)), "after a new expert_map")
 
 
-def _reconfigure(s: Session, **changes) -> None:
+def _reconfigure(s: Session, **changes: Any) -> None:
+    """The layer object gets another Problem, with these changes, and tensors for it."""
     _require_follows(s, "config")
     inputs, call = start(s)
     layer = inputs.backend_layer
@@ -169,22 +176,25 @@ def _reconfigure(s: Session, **changes) -> None:
 
 @scenario("swap.dtype")
 def dtype(s: Session) -> None:
+    """Another dtype, and weights of it."""
     _reconfigure(s, dtype="fp16" if s.case.problem.dtype == "bf16" else "bf16")
 
 
 @scenario("swap.experts")
 def experts(s: Session) -> None:
+    """Twice as many experts."""
     _reconfigure(s, num_experts=2 * s.case.problem.num_experts)
 
 
 @scenario("swap.top_k")
 def top_k(s: Session) -> None:
+    """One more expert a token."""
     _reconfigure(s, top_k=s.case.problem.top_k + 1)
 
 
 @scenario("swap.activation")
 def activation(s: Session) -> None:
-    """The activation alone: the weights stay, so that nothing else tells that the layer changed."""
+    """The activation alone changes: no tensor shows that the layer is another one."""
     _require_follows(s, "config")
     inputs, call = start(s)
     s.check(call, inputs, "before")
@@ -193,13 +203,13 @@ def activation(s: Session) -> None:
         raise Unsupported(reason)
     inputs.backend_layer.problem = problem
     case = replace(inputs.case, problem=problem)
-    other = replace(inputs, case=case, layer=replace(inputs.layer, problem=problem), variant="activation")
+    other = replace(inputs, case=case, layer=replace(inputs.layer, problem=problem))
     s.check(call, other, f"after {problem.activation}")
 
 
 @scenario("swap.two_layers")
 def two_layers(s: Session) -> None:
-    """Two layers of one process, called in turn: neither may see the other's weights, scratch or instance."""
+    """Two layers of one process, called in turn: neither computes with the other's weights, scratch or instance."""
     first, call_first = start(s)
     second, call_second = start(s, seed=s.case.seed + 1)
     for n in (1, 2):
@@ -217,7 +227,7 @@ def threads(s: Session) -> None:
         ready.wait()
         try:
             outputs.append(call(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids))
-        except Exception as error:  # handed to the main thread below
+        except Exception as error:  # the main thread raises it below
             errors.append(error)
 
     racers = [threading.Thread(target=race) for _ in range(16)]
@@ -237,13 +247,13 @@ def threads(s: Session) -> None:
 
 @scenario("swap.released")
 def released(s: Session) -> None:
-    """After a swap nothing holds the old weights: they would fill the device."""
+    """After a swap no reference to the old weights remains: they would fill the device."""
     _require_follows(s, "rebinding")
     inputs, call = start(s)
     layer = inputs.backend_layer
     s.check(call, inputs, "before")
     other = s.draw(seed=s.case.seed + 1)
-    old = kept_alive(layer)
+    old = weak_references(layer)
     parameter(layer, other.backend_layer)
     s.check(call, replace(other, backend_layer=layer), "after")
     del inputs
@@ -254,10 +264,10 @@ def released(s: Session) -> None:
 
 @scenario("swap.dropped")
 def dropped(s: Session) -> None:
-    """A layer that nobody needs any more frees its memory with its call, and does not wait for the collector."""
+    """A layer's memory is free once the layer and its call are dropped, without the garbage collector."""
     inputs, call = start(s)
     s.check(call, inputs, "before")
-    old = kept_alive(inputs.backend_layer)
+    old = weak_references(inputs.backend_layer)
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -271,7 +281,7 @@ def dropped(s: Session) -> None:
 
 @scenario("swap.one_build")
 def one_build(s: Session) -> None:
-    """A steady layer is built once, whatever the batches; each swap builds once more."""
+    """An unchanged layer is built once for all batches; each swap builds once more."""
     require_promise(s, "one_build")
     inputs, call = start(s)
     instance: Any = getattr(call, "instance", None)

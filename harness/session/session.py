@@ -1,8 +1,6 @@
-"""One case on one backend: poison, call, compare, verdict.
+"""`Session`, what a scenario (scenarios/registry.py) works with: it draws inputs, prepares the backend, checks calls.
 
-    case -> inputs -> backend.prepare -> call into fenced, poisoned memory -> judged against the oracle -> Verdict
-
-`Session` is what a scenario (scenarios/registry.py) works with: it draws inputs, prepares the backend and checks calls.
+case -> inputs -> backend.prepare -> call into fenced, poisoned memory -> judged against the oracle
 """
 
 from __future__ import annotations
@@ -10,26 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness import backend as backends
-from harness.backend import Layer
+from harness.backend import Layer, as_backend
 from harness.device import Device
 from harness.diagnose import failure
 from harness.diagnose.failure import Failed
-from harness.diagnose.match import Past
+from harness.diagnose.faults.leftovers import Past
+from harness.diagnose.report import Report
 from harness.inputs.draw import Inputs
-from harness.oracle.deviation import expect
-from harness.oracle.experts import exact_output
 from harness.oracle.judge import Judgement, judge, judge_exact
 from harness.problem.case import Case, Problem
 from harness.results.verdict import Verdict
 from harness.session.applies import why_not
-from harness.session.oracle_cache import _drawn, _place, _remembered, _with_own_layer
+from harness.session.oracle_cache import ORACLE_CACHE, oracle_device, with_own_layer
 from harness.trace import fence
 from harness.trace.bits import digest, same_bits
 from harness.trace.tracing import Trace, Tracing
@@ -42,10 +38,16 @@ Observer = Callable[[Tensor, Inputs, Judgement], None]
 
 
 class Session:
-    """One backend under one case. Every `check` judges one call; the first that fails ends the case."""
+    """One backend under one case. Every `check` judges one call; the first that fails ends the case.
 
-    def __init__(self, case: Case, backend: Any, device: Device, observers: Iterable[Observer] = ()) -> None:
-        self.case, self.backend, self.device, self.observers = case, backend, device, tuple(observers)
+    explain: whether a failed output is explained. Off while a failing sequence is shrunk, when only the fact counts.
+    """
+
+    def __init__(
+        self, case: Case, backend: Any, device: Device, observers: Iterable[Observer] = (), explain: bool = True
+    ) -> None:
+        self.case, self.backend, self.device = case, as_backend(backend), device
+        self.observers, self.explain = tuple(observers), explain
         self.judgements: list[Judgement] = []
         self.doubts: list[str] = []
         self.traces: list[Trace] = []
@@ -54,31 +56,32 @@ class Session:
 
     # -- what scenarios use -------------------------------------------------------------------------------------------
     def draw(self, **changes: Any) -> Inputs:
-        """The case's inputs on the device, with other values for fields of Problem or Case. The layer is a copy of
-        its own, so that a scenario may write to it."""
-        case = self.case.change(scenario="once", **changes)
-        drawn = _drawn(case, _place(case.problem, self.device), self.device.torch)
-        if self.case.scenario == "once":
-            return drawn
-        return _with_own_layer(drawn)
+        """Draw the case's inputs on the device, with other values for fields of Problem or Case. The backend's layer is
+        a copy, so that a scenario may write to it; scenario "once", which does not, shares one layer."""
+        drawn = ORACLE_CACHE.inputs(self.case.change(scenario="once", **changes), self.device)
+        return drawn if self.case.scenario == "once" else with_own_layer(drawn)
 
     def prepare(self, problem: Problem, layer: Layer, **options: Any) -> Callable[..., Tensor]:
-        """What a serving engine would keep for this layer."""
+        """Call backend.prepare(); returns call(hidden_states, topk_weights, topk_ids, out=None)."""
         return self.backend.prepare(problem, layer, **options)
 
     def check(self, call: Callable[..., Tensor], inputs: Inputs, what: str = "") -> Tensor:
-        """Call and judge; returns the output. Failed, with a report, if anything is wrong."""
+        """Call and judge; returns the output. Failed, with a report, if anything is wrong. what: which call it is, for
+        the report."""
         out, trace = self.call(call, inputs, what)
         self.traces.append(trace)
         self.accept(out, inputs, what, call)
         return out
 
     def accept(self, out: Tensor, inputs: Inputs, what: str = "", call: Callable[..., Tensor] | None = None) -> None:
-        """Judge an output that a scenario got by itself. call: what can be called again, to see its stages."""
+        """Judge an output that a scenario got by itself. call: what returned it, if it can be called again to locate
+        the wrong stage."""
         judgement = self.judged(out, inputs)
+        if not judgement.passed and not self.explain:
+            raise Failed(Report("wrong"))
         self.judgements.append(judgement)
-        for watch in self.observers:
-            watch(out, inputs, judgement)
+        for observer in self.observers:
+            observer(out, inputs, judgement)
         if not judgement.passed:
             plans = self.plans(inputs.case.problem)
             raise failure.failure(self.backend, plans, judgement, inputs, what, call, self.past)
@@ -87,29 +90,30 @@ class Session:
             self.doubts.append(doubt)
 
     def why_not(self, problem: Problem) -> str | None:
-        """None, or why this backend cannot be asked about another problem."""
+        """None, or the enumerated reason why another problem does not run on this backend and device."""
         return why_not(replace(self.case, problem=problem), self.backend, self.device)
 
     def require(self, condition: bool, message: str) -> None:
-        """A property other than the output's values."""
+        """Failed, with this message, unless a property other than the output's values holds."""
         if not condition:
-            raise Failed(message, message)
+            raise Failed(Report(message))
 
     # -- one call -----------------------------------------------------------------------------------------------------
     def call(self, call: Callable[..., Tensor], inputs: Inputs, what: str = "") -> tuple[Tensor, Trace]:
-        """One call into poisoned, fenced memory, from fenced inputs. Inputs and weights must be what they were."""
+        """One call into poisoned, fenced memory, from fenced inputs; returns the output and what was traced. Failed if
+        the call wrote to its inputs, to the layer or outside of what it allocated."""
         where = f" ({what})" if what else ""
-        handed = {name: t if fence.fences(t) else fence.keep(t) for name, t in inputs.arguments().items()}
+        arguments = {name: t if fence.fences(t) else fence.keep(t) for name, t in inputs.arguments().items()}
         x = inputs.hidden_states
         tracing = Tracing()
         out = tracing.trace.fenced(torch.empty(x.shape, dtype=x.dtype, device=x.device), "out")
-        for name, tensor in {**handed, **inputs.backend_layer.tensors()}.items():
+        for name, tensor in {**arguments, **inputs.backend_layer.tensors()}.items():
             tracing.trace.watch(tensor, name)
-        before = {name: t.clone() for name, t in handed.items()}
+        before = {name: t.clone() for name, t in arguments.items()}
         digests = {name: digest(t) for name, t in inputs.backend_layer.tensors().items()}
         keywords = {"out": out} if backends.takes_out(call) else {}
         with self._guarding(tracing.trace) as faults, tracing as trace:
-            result = call(*handed.values(), **keywords)
+            result = call(*arguments.values(), **keywords)
         self.device.synchronize()
         self.require(not faults, f"{'; '.join(map(str, faults))}{where}")
         self.require(isinstance(result, Tensor), f"returned {type(result).__name__}, not a tensor{where}")
@@ -119,14 +123,14 @@ class Session:
         overrun = trace.overrun()
         self.require(not overrun, f"wrote outside of {overrun}: a canary next to it changed{where}")
         for name, old in before.items():
-            self.require(same_bits(old, handed[name]), f"{name} was changed by the call{where}")
+            self.require(same_bits(old, arguments[name]), f"{name} was changed by the call{where}")
         changed = [name for name, t in inputs.backend_layer.tensors().items() if digest(t) != digests[name]]
         self.require(not changed, f"the layer's {', '.join(changed)} was changed by the call{where}")
         return result, trace
 
     def _guarding(self, trace: Trace) -> AbstractContextManager[list[Any]]:
-        """What interpreted kernels do to memory while it is open: the faults that are found."""
-        if not (getattr(self.backend, "interpreted", False) and self.device.interprets_triton):
+        """Watch the memory accesses of interpreted kernels; yields the list of illegal ones."""
+        if not (self.backend.interpreted and self.device.interprets_triton):
             return nullcontext([])
         from harness.trace import sanitizer
 
@@ -134,23 +138,23 @@ class Session:
 
     def judged(self, out: Tensor, inputs: Inputs) -> Judgement:
         """The judgement of one output, under the admissible plan that fits best."""
-        place = _place(inputs.case.problem, self.device)
+        place = oracle_device(inputs.case.problem, self.device)
         got = decode(out.to(place))
         if inputs.case.fill == "exact":
-            return judge_exact(got, _remembered((inputs, "exact", place), partial(exact_output, inputs, place)))
+            return judge_exact(got, ORACLE_CACHE.exact_output(inputs, place))
         best = None
-        for plan in self.plans(inputs.case.problem):
-            found = judge(got, _remembered((inputs, plan, place), partial(expect, inputs, plan, place)))
-            if best is None or found.budget < best.budget:
-                best = found
-            if found.passed:
+        for expected in ORACLE_CACHE.expected(inputs, self.plans(inputs.case.problem), place):
+            judgement = judge(got, expected)
+            if best is None or judgement.budget < best.budget:
+                best = judgement
+            if judgement.passed:
                 break
         assert best is not None
         return best
 
     def plans(self, problem: Problem) -> list[RoundingPlan]:
         """The backend's declared plans, also with this device's imprecise accumulator where it has one."""
-        declared = self.backend.plans(problem) if hasattr(self.backend, "plans") else undeclared_plans()
+        declared = self.backend.plans(problem) if self.backend.plans else undeclared_plans()
         plans = [parse_plan(p) for p in declared]
         imprecise = self.device.accumulator("e4m3")
         if problem.quant and problem.quant.activation and imprecise.bits is not None:
@@ -159,7 +163,7 @@ class Session:
         return plans
 
     def fill_in(self, verdict: Verdict) -> None:
-        """What the verdict says about the calls that were judged."""
+        """Write the numbers of the judged calls into the verdict: calls, budgets, plan, trace of the last call."""
         verdict.calls = len(self.judgements)
         if self.judgements:
             worst = max(self.judgements, key=lambda j: j.budget)
@@ -172,7 +176,7 @@ class Session:
 
 
 def _doubt(judgement: Judgement, inputs: Inputs) -> str | None:
-    """Why a match proves little, if it does: of the rows that are served, too few outputs stand out of the noise."""
+    """Why a match proves little, or None: in the served rows too few outputs are larger than the rounding noise."""
     expected = judgement.expected
     if expected is None or not expected.numel():
         return "there is no output to compare"

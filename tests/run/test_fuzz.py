@@ -1,4 +1,4 @@
-"""run/fuzz.py, run/isolated.py and the command: what is wrong for some problems is found, and shrunk."""
+"""run/fuzz.py and the command: mistakes that need certain problems are found, and shrunk."""
 
 import re
 import sys
@@ -20,33 +20,33 @@ CPU = Device("cpu")
 SMALL = ["--bytes", "64K", "--seconds", "600"]
 
 
-def told(capsys, *arguments):
+def run_fuzz(capsys, *arguments):
     code = cli.main(["fuzz", *arguments])
     out, err = capsys.readouterr()
     return code, out, err
 
 
-def found(out):
+def smallest_case(out):
     """The Case that a run ended with."""
-    return Case.parse(re.search(r"harness run (\S+) --backend tests\.fuzzed", out)[1])
+    return Case.parse(re.search(r"harness run (\S+) --backend tests\.support\.fuzzed", out)[1])
 
 
-# -- what it finds ----------------------------------------------------------------------------------------------------
+# -- mistakes it finds -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "backend, smallest",
     [("InnerTail", "t1-h32-i8-e1-k1-bf16-exact"), ("ThreeTokensAndBias", "t3-h32-i8-e1-k1-bf16-bias-exact")],
 )
-def test_it_is_found_and_shrunk_and_what_is_printed_does_it_again(capsys, backend, smallest):
+def test_a_mistake_is_found_and_shrunk_and_the_printed_command_repeats_it(capsys, backend, smallest):
     spec = f"tests.support.fuzzed:{backend}"
-    code, out, _ = told(capsys, "--backend", spec, "--seed", "3", "--examples", "500", *SMALL)
-    assert code == 1 and str(found(out)) == smallest
+    code, out, _ = run_fuzz(capsys, "--backend", spec, "--seed", "3", "--examples", "500", *SMALL)
+    assert code == 1 and str(smallest_case(out)) == smallest
     assert cli.main(["run", smallest, "--backend", spec]) == 1
     assert f'one line of ROWS in cases/test_layers.py:\n  "{smallest}": "WHY' in out
     count = re.search(r"found after (\d+) problems", out)[1]
     again = re.search(r"\n  python3 -m harness fuzz (.*)\n", out)[1].split()
     assert again[-2:] == ["--examples", count]
     capsys.readouterr()
-    code, repeated, _ = told(capsys, *again)
+    code, repeated, _ = run_fuzz(capsys, *again)
     assert code == 1 and _without_seconds(repeated) == _without_seconds(out)
 
 
@@ -55,38 +55,40 @@ def _without_seconds(out):
 
 
 def test_a_process_that_dies_is_a_verdict(capsys):
-    code, out, _ = told(capsys, "--backend", "tests.support.fuzzed:Dies", "--seed", "1", "--examples", "50", *SMALL)
+    code, out, _ = run_fuzz(capsys, "--backend", "tests.support.fuzzed:Dies", "--seed", "1", "--examples", "50", *SMALL)
     assert code == 1 and " crashed: the process ended with SIGSEGV\n" in out and "Segmentation fault" in out
-    assert found(out).problem.padded
+    assert smallest_case(out).problem.padded
 
 
-def test_what_depends_on_calls_before_is_said_to(capsys):
-    code, out, _ = told(
+def test_a_failure_that_depends_on_earlier_cases_is_reported_as_such(capsys):
+    code, out, _ = run_fuzz(
         capsys, "--backend", "tests.support.fuzzed:SecondCall", "--seed", "3", "--examples", "20", *SMALL
     )
-    assert code == 1 and "\nasked once more, in a new process, it was right: it depends on what ran before\n" in out
+    assert code == 1 and "\nit passed in a new process: the failure depends on the cases before it\n" in out
 
 
-def test_a_call_that_hangs_costs_its_process_only():
-    with IsolatedRunner("tests.support.fuzzed:Hangs", CPU, limit=2) as apart:
-        hung = apart.run(Case.parse("t3-h64-i32-e4-k2-bf16-exact"))
+def test_a_call_that_hangs_ends_its_process_only():
+    with IsolatedRunner("tests.support.fuzzed:Hangs", CPU, limit=2) as runner:
+        hung = runner.run(Case.parse("t3-h64-i32-e4-k2-bf16-exact"))
         assert hung.status == "hung" and hung.reason == "no answer in 2 s" and "in wrong" in hung.report
-        assert apart.run(Case.parse("t4-h64-i32-e4-k2-bf16-exact")).status == "passed"
+        assert runner.run(Case.parse("t4-h64-i32-e4-k2-bf16-exact")).status == "passed"
 
 
-def test_a_right_backend_is_not_accused_and_what_ran_is_counted(capsys):
-    code, out, _ = told(capsys, "--backend", "tests.support.fuzzed:Right", "--seed", "4", "--examples", "40", *SMALL)
+def test_a_right_backend_is_not_accused_and_the_cases_are_counted(capsys):
+    code, out, _ = run_fuzz(
+        capsys, "--backend", "tests.support.fuzzed:Right", "--seed", "4", "--examples", "40", *SMALL
+    )
     assert code == 0 and out.endswith("nothing found\n")
     assert re.search(r"^40 problems in \d+ s \(", out, re.M) and " exact" in out and " fp8" in out
 
 
 def test_sequences_are_fuzzed_too(capsys):
     backend = ["--backend", "tests.support.stateful:SharedByShape", "--sequences"]
-    code, out, _ = told(capsys, *backend, "--seed", "0", "--examples", "20", "--seconds", "600")
+    code, out, _ = run_fuzz(capsys, *backend, "--seed", "0", "--examples", "20", "--seconds", "600")
     assert code == 1 and "-sequence.calls failed: after " in out and "cases/test_sequences.py" in out
 
 
-# -- what it draws ----------------------------------------------------------------------------------------------------
+# -- cases it draws ----------------------------------------------------------------------------------------------------
 def test_every_field_of_the_grammar_is_drawn_within_the_budget():
     seen, cases = defaultdict(set), []
 
@@ -124,27 +126,27 @@ def test_every_field_of_the_grammar_is_drawn_within_the_budget():
     ],
 )
 def test_wrong_arguments_are_one_line(capsys, arguments, message):
-    code, _, err = told(capsys, *arguments)
+    code, _, err = run_fuzz(capsys, *arguments)
     assert code == 2 and err.startswith(f"moe-harness: {message}") and err.count("\n") == 1
 
 
 def test_without_hypothesis_the_command_says_so(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("harness.base.minimal.find_spec", lambda name: None)
-    code, out, err = told(capsys, "--backend", "tests.support.fuzzed:Right")
+    code, out, err = run_fuzz(capsys, "--backend", "tests.support.fuzzed:Right")
     assert code == 2 and out == ""
     assert err == "moe-harness: fuzz: the package hypothesis is not installed (pip install hypothesis)\n"
 
 
-def test_nothing_that_ran_is_not_green(capsys):
-    code, out, _ = told(capsys, "--backend", "tests.support.fuzzed:Refuses", "--seed", "1", "--seconds", "0.5")
+def test_a_search_that_ran_nothing_is_not_green(capsys):
+    code, out, _ = run_fuzz(capsys, "--backend", "tests.support.fuzzed:Refuses", "--seed", "1", "--seconds", "0.5")
     assert code == 1 and "nothing ran: fuzzed supports none of these problems" in out
 
 
 def test_a_seed_is_chosen_and_printed(capsys):
     seeds = set()
     for _ in range(2):
-        _, out, _ = told(capsys, "--backend", "tests.support.fuzzed:Right", "--examples", "1", *SMALL)
+        _, out, _ = run_fuzz(capsys, "--backend", "tests.support.fuzzed:Right", "--examples", "1", *SMALL)
         seeds.add(re.match(r"moe-harness: fuzzed on cpu, seed (\d+)\n", out)[1])
     assert len(seeds) == 2
 

@@ -8,6 +8,7 @@ from harness.backend import Unsupported
 from harness.device import Device
 from harness.diagnose import failure
 from harness.diagnose.failure import Failed
+from harness.diagnose.report import Report
 from harness.problem.case import Case
 from harness.problem.families import rows
 from harness.run.case import run_case
@@ -22,7 +23,7 @@ CPU = Device("cpu")
 @pytest.fixture(autouse=True)
 def unexplained(monkeypatch):
     """That an answer is wrong is enough here; to say why takes longer than to find out."""
-    plain = lambda backend, plans, judgement, inputs, what, *rest: Failed("wrong", f"wrong {what}")  # noqa: E731
+    plain = lambda backend, plans, judgement, inputs, what, *rest: Failed(Report("wrong", details=[f"wrong {what}"]))  # noqa: E731
     monkeypatch.setattr(failure, "failure", plain)
 
 
@@ -161,6 +162,9 @@ class Graphs(Device):
     torch = torch.device("cpu")
     replay = Replayed
 
+    def synchronize(self):
+        pass
+
     def graph_of(self, before, calls):
         return self.replay(calls)
 
@@ -209,7 +213,7 @@ def test_a_buffer_that_a_larger_batch_takes_away_is_seen():
 
     with pytest.raises(Failed) as found:
         replayed(Grows(), Stale)
-    assert "after a larger batch" in found.value.report
+    assert "after a larger batch" in str(found.value.report)
 
 
 def test_the_rows_of_offsets32_ask_what_they_say():

@@ -1,4 +1,4 @@
-"""scenarios/stateful/sequences.py: what a sequence of calls alone can tell is found, shrunk, and told in words."""
+"""scenarios/stateful/sequences.py: mistakes that need a sequence of calls are found, shrunk, and listed as steps."""
 
 import re
 import subprocess
@@ -10,9 +10,11 @@ import torch
 from harness.base.minimal import find_minimal, missing, pick
 from harness.base.processes import ROOT
 from harness.device import Device
+from harness.diagnose import failure
 from harness.problem.case import Case
 from harness.run.case import run_case
 from harness.scenarios.stateful import sequences, state, steps
+from harness.session import session as session_module
 from harness.session.session import Session
 from tests.support import stateful
 from tests.support.emulated import Emulated
@@ -33,7 +35,7 @@ def steps_of(found):
     return STEP.findall(found.report.partition("its last step failed\n")[2].partition("\n\n")[0])
 
 
-# -- what it finds ----------------------------------------------------------------------------------------------------
+# -- mistakes it finds ------------------------------------------------------------------------------------------------
 def test_a_stale_instance_is_found_and_shrunk_to_a_call_a_swap_and_a_call():
     found = verdict(stateful.Stale(), seed=1)
     call, swap, last = steps_of(found)
@@ -44,7 +46,7 @@ def test_a_stale_instance_is_found_and_shrunk_to_a_call_a_swap_and_a_call():
 
 
 @pytest.mark.parametrize("wrong", [w for w in stateful.WRONG if w is not stateful.Stale], ids=lambda w: w.__name__)
-def test_what_is_wrong_in_a_later_call_is_found_and_shrunk(wrong):
+def test_a_mistake_of_a_later_call_is_found_and_shrunk(wrong):
     fill = "random" if wrong is stateful.OldConfiguration else "exact"
     tried = (verdict(wrong(), f"{LAYER}-{fill}", seed) for seed in range(6))
     found = next(v for v in tried if not v.green)
@@ -79,13 +81,13 @@ class Sometimes(Emulated):
         return result + 32 if self.calls == 5 else result
 
 
-def test_a_failure_that_does_not_happen_again_is_said_to():
+def test_a_failure_that_does_not_happen_again_is_reported_as_such():
     found = verdict(Sometimes("sometimes"), f"{LAYER}-random")
     assert found.status == "failed"
     assert found.reason.startswith("a sequence that failed, and was right when it was played again: after ")
 
 
-# -- what it leaves alone ---------------------------------------------------------------------------------------------
+# -- steps it does not draw -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "layer",
     [
@@ -126,7 +128,7 @@ class Modest(Emulated):
         return "layout: nk only" if problem.layout == "kn" else None
 
 
-def test_what_a_backend_excludes_is_not_drawn():
+def test_steps_that_a_backend_excludes_are_not_drawn():
     s = Session(Case.parse(f"{LAYER}-exact-sequence.calls"), Modest("modest"), CPU)
     found = sequences.options(s)
     assert not {"invalid", "nobody", "remote"} & set(found["routing"])
@@ -142,7 +144,7 @@ def test_what_a_backend_excludes_is_not_drawn():
     assert drawn == {steps.Call, steps.Prepare, steps.NaN}
 
 
-def test_every_change_is_drawn_for_who_follows_all():
+def test_every_change_is_drawn_for_a_backend_that_follows_all():
     from kernels.grouped import GroupedMM
 
     s = Session(Case.parse(f"{LAYER}-bias-ep2.1-exact-sequence.calls"), GroupedMM(), CPU)
@@ -154,6 +156,22 @@ def test_every_change_is_drawn_for_who_follows_all():
     assert "scale_missing" not in found["fault"] and 0 in found["tokens"] and 1 in found["tokens"]
 
 
+def test_each_output_is_judged_once_and_only_the_shortest_sequence_is_explained(monkeypatch):
+    judged, explained = [], []
+    judge, explain = session_module.judge_exact, failure.failure
+    monkeypatch.setattr(session_module, "judge_exact", lambda *a: judged.append(1) or judge(*a))
+    monkeypatch.setattr(failure, "failure", lambda *a, **k: explained.append(1) or explain(*a, **k))
+    calls = []
+
+    class Counts(stateful.LeftOver):
+        def run(self, layer, x, weights, ids, out=None):
+            calls.append(len(x))
+            return super().run(layer, x, weights, ids, out)
+
+    assert verdict(Counts()).status == "failed"
+    assert len(explained) == 1 < len(judged) <= len(calls)
+
+
 # -- seeds ------------------------------------------------------------------------------------------------------------
 def examples(seed):
     seen = []
@@ -161,10 +179,10 @@ def examples(seed):
     return seen
 
 
-def test_a_seed_is_the_same_examples_whatever_else_is_loaded():
+def test_a_seed_draws_the_same_examples_in_any_process():
     text = (
-        "from harness.base.minimal import pick, simplest\nseen = []\n"
-        "simplest(pick(range(50)), seen.append, seed=7, examples=25, shrinks=0)\nprint(seen)"
+        "from harness.base.minimal import find_minimal, pick\nseen = []\n"
+        "find_minimal(pick(range(50)), seen.append, seed=7, examples=25, shrinks=0)\nprint(seen)"
     )
     command = [sys.executable, "-c", text]
     alone = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
@@ -173,8 +191,8 @@ def test_a_seed_is_the_same_examples_whatever_else_is_loaded():
 
 
 def test_the_case_s_seed_is_the_sequences_seed():
-    told = {seed: verdict(stateful.LeftOver(), seed=seed).report for seed in (0, 0, 1)}
-    assert told[0] == verdict(stateful.LeftOver(), seed=0).report and told[0] != told[1]
+    reports = {seed: verdict(stateful.LeftOver(), seed=seed).report for seed in (0, 1)}
+    assert reports[0] == verdict(stateful.LeftOver(), seed=0).report and reports[0] != reports[1]
 
 
 def test_without_hypothesis_it_is_unsupported(monkeypatch):
@@ -185,7 +203,7 @@ def test_without_hypothesis_it_is_unsupported(monkeypatch):
 
 
 # -- the search -------------------------------------------------------------------------------------------------------
-def test_what_is_raised_while_asking_ends_the_search():
+def test_an_exception_of_the_question_ends_the_search():
     def ask(example):
         raise LookupError("over")
 
@@ -200,8 +218,8 @@ def test_an_example_is_asked_once_and_shrinking_has_a_budget():
         asked.append(example)
         return "too large" if example >= 300 else None
 
-    found, told = find_minimal(pick(range(1000)), ask, seed=0, examples=100, shrinks=200)
-    assert (found, told) == (300, "too large") and len(asked) == len(set(asked))
+    smallest, answer = find_minimal(pick(range(1000)), ask, seed=0, examples=100, shrinks=200)
+    assert (smallest, answer) == (300, "too large") and len(asked) == len(set(asked))
     asked.clear()
     found, _ = find_minimal(pick(range(1000)), ask, seed=0, examples=100, shrinks=0)
     assert found >= 300 and sum(n >= 300 for n in asked) == 1

@@ -1,4 +1,4 @@
-"""What a check notices besides wrong numbers: memory, inputs, crashes, vacuous matches, undeclared reasons."""
+"""Session and run_case: failures other than wrong numbers: memory, inputs, crashes, vacuous matches, reasons."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def unwritten(call, layer, x, w, ids, out):
 
 
 def uninitialised(call, layer, x, w, ids, out):
-    return call(x, w, ids, out=out) + 0 * torch.empty_like(x)  # reads what nobody wrote
+    return call(x, w, ids, out=out) + 0 * torch.empty_like(x)  # reads memory that was never written
 
 
 def set_input(call, layer, x, w, ids, out):
@@ -77,7 +77,7 @@ def set_weights(call, layer, x, w, ids, out):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, words",
     [
         (overrun, "canary"),
         (workspace_overrun, "outside of a workspace of its own: empty.memory_format (3, 5)"),
@@ -90,9 +90,9 @@ def set_weights(call, layer, x, w, ids, out):
         (lambda call, layer, x, w, ids, out: None, "NoneType"),
     ],
 )
-def test_what_is_not_a_wrong_number_fails_too(change, said):
+def test_failures_other_than_wrong_numbers(change, words):
     found = verdict(change)
-    assert found.status == "failed" and said in found.reason + found.report
+    assert found.status == "failed" and words in found.reason + found.report
     # The tensors are shared: the next backend must not inherit the damage.
     assert verdict(lambda call, layer, x, w, ids, out: call(x, w, ids)).status == "passed"
 
@@ -100,7 +100,16 @@ def test_what_is_not_a_wrong_number_fails_too(change, said):
 def test_an_exception_is_a_crash_with_its_traceback():
     found = verdict(lambda call, layer, x, w, ids, out: 1 / 0)
     assert found.status == "crashed" and found.reason.startswith("ZeroDivisionError")
-    assert "test_check.py" in found.report
+    assert "test_session.py" in found.report
+    assert (found.error_type, found.device_lost) == ("ZeroDivisionError", False)
+    assert verdict(lambda call, layer, x, w, ids, out: call(x, w, ids)).error_type == ""
+
+
+def test_the_spec_of_the_backend_is_in_the_reproduction():
+    assert "--backend wrapped " in run_case(CASE, Picky("dtype: only fp64"), CPU).reproduce.replace("picky", "wrapped")
+    found = run_case(CASE, Emulated(), CPU, "layers", "tests.support.emulated:Emulated")
+    assert (found.family, found.spec) == ("layers", "tests.support.emulated:Emulated")
+    assert f"{CASE} --backend tests.support.emulated:Emulated --device cpu" in found.reproduce
 
 
 @pytest.mark.parametrize("routing", ("nobody", "uniform"))

@@ -1,1 +1,2 @@
-"""Sequences of calls and changes, drawn and shrunk: the rules, the state, the scenario."""
+"""Sequences of calls and changes, drawn and shrunk: the steps, the state that they change, and the scenario
+sequence.calls."""

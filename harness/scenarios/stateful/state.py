@@ -1,4 +1,4 @@
-"""The prepared layers of one process while a sequence goes on, and what is known of each (steps.py)."""
+"""The state of a sequence (steps.py): the prepared layers of one process, and a model of each."""
 
 from __future__ import annotations
 
@@ -11,35 +11,29 @@ from torch import Tensor
 
 from harness.backend import Layer
 from harness.inputs.draw import Inputs
-from harness.problem.case import Case, Problem
+from harness.problem.case import Problem
 from harness.session.session import Session
 
-SAME_SHAPES = ("silu", "gelu", "gelu_tanh")  #: activations for which one layer's weights will do
+SAME_SHAPES = ("silu", "gelu", "gelu_tanh")  #: activations that take weights of the same shapes
 
 
 @dataclass
 class PreparedLayer:
-    """A prepared layer, and what is known of it."""
+    """A layer that the backend has prepared, and the model of it: how it was drawn and what changed since."""
 
     config: dict[str, Any]  #: changes of the case: its own seed, layout, dtype, ...
     base: Layer  #: the layer as drawn, in layout "nk"
-    backend_layer: Layer  #: what the backend has
+    backend_layer: Layer  #: the tensors that the backend has
     problem: Problem
     call: Callable[..., Tensor]
-    room: int | None = None  #: the most tokens that its scratch object takes
+    capacity: int | None = None  #: the most tokens that its scratch object takes
     changed: frozenset[str] = frozenset()  #: the tensors that are not as drawn (PARTS)
 
     @property
-    def truth(self) -> Layer:
-        """The layer as it is now, in layout "nk"."""
+    def current(self) -> Layer:
+        """The layer as it must be now, in layout "nk", for the oracle."""
         parts = {name: PARTS[name](getattr(self.base, name), self.problem) for name in self.changed}
         return replace(self.base, problem=self.problem, **parts)
-
-    @property
-    def variant(self) -> str:
-        """What tells the layer from one that is drawn for the case of a call: it was drawn for another, and changed."""
-        drawn_for = Case(self.base.problem.weights_key(), seed=self.config["seed"])
-        return "+".join((str(drawn_for), *sorted(self.changed)))
 
 
 def _times(factor: float) -> Callable[[Tensor, Problem], Tensor]:
@@ -51,7 +45,7 @@ def _moved(expert_map: Tensor, problem: Problem) -> Tensor:
     return torch.where(expert_map >= 0, (expert_map + 1) % problem.local_experts, -1).to(expert_map.dtype)
 
 
-#: What becomes of one tensor alone. Signs, zeros and powers of two: what was exact stays so.
+#: Changes of one tensor alone, by signs, zeros and powers of two, which keep an exact fill exact.
 PARTS: dict[str, Callable[[Tensor, Problem], Tensor]] = {
     "w2": _times(-1), "w2_bias": _times(-1), "w13_bias": _times(0), "w13_scale": _times(2), "w2_scale": _times(2),
     "a13_scale": _times(2), "a2_scale": _times(2), "expert_map": _moved,
@@ -59,8 +53,8 @@ PARTS: dict[str, Callable[[Tensor, Problem], Tensor]] = {
 
 
 def stays_exact(part: str, problem: Problem) -> bool:
-    """Whether an exact fill is still exact when this part changes: a scale multiplies gates, which must stay saturated
-    and unclamped, and sums, whose other addends it does not multiply."""
+    """Whether an exact fill is still exact when this tensor changes: a scale multiplies the gates, which must stay
+    saturated and unclamped, and all addends of a sum but the bias."""
     if part == "w13_scale":
         static = problem.quant is not None and problem.quant.activation == "tensor_static"
         alone = problem.limit is None and problem.activation != "swigluoai" and not problem.router_weight_on_input
@@ -70,46 +64,51 @@ def stays_exact(part: str, problem: Problem) -> bool:
 
 @dataclass
 class State:
-    """The layers of one process while a sequence goes on. The second one is prepared where a step first asks for it."""
+    """The prepared layers of one process while a sequence runs."""
 
     s: Session
     layers: dict[int, PreparedLayer] = field(default_factory=dict)
-    scratches: dict[tuple, Any] = field(default_factory=dict)
+    scratches: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     allowed: dict[Problem, bool] = field(default_factory=dict)
 
-    def held(self, layer: int) -> PreparedLayer:
-        if layer not in self.layers:
-            config: dict[str, Any] = {"seed": self.s.case.seed + 10 * layer}
+    def layer(self, number: int) -> PreparedLayer:
+        """The layer of this number, prepared when a step first uses it."""
+        if number not in self.layers:
+            config: dict[str, Any] = {"seed": self.s.case.seed + 10 * number}
             if self.allows(replace(self.s.case.problem, routing="invalid")):
-                config["routing"] = "invalid"  # a backend may look at the prepared problem for what it is to expect
+                config["routing"] = "invalid"  # a backend may read in the prepared problem which ids to expect
             drawn = self.s.draw(**config)
             problem = drawn.case.problem
             call = self.s.prepare(problem, drawn.backend_layer)
-            self.layers[layer] = PreparedLayer(config, drawn.layer, drawn.backend_layer, problem, call)
-        return self.layers[layer]
+            self.layers[number] = PreparedLayer(config, drawn.layer, drawn.backend_layer, problem, call)
+        return self.layers[number]
 
     def allows(self, problem: Problem) -> bool:
+        """Whether the backend runs this problem."""
         if problem not in self.allowed:
             self.allowed[problem] = self.s.why_not(problem) is None
         return self.allowed[problem]
 
-    def batch(self, held: PreparedLayer, **changes: Any) -> Inputs | None:
-        """A batch for a layer as it is now; None if the backend excludes it."""
-        if held.room is not None:
-            changes["tokens"] = min(changes.get("tokens", self.s.case.problem.tokens), held.room)
-        drawn = self.s.draw(**{**held.config, **changes})
-        if not self.allows(drawn.case.problem):
+    def batch(self, layer: PreparedLayer, **changes: Any) -> Inputs | None:
+        """Draw a batch for a layer as it is now; None if the backend does not run it. changes: of Problem."""
+        if layer.capacity is not None:
+            changes["tokens"] = min(changes.get("tokens", self.s.case.problem.tokens), layer.capacity)
+        drawn = self.s.draw(**{**layer.config, **changes})
+        problem = drawn.case.problem
+        if not self.allows(problem):
             return None
-        truth = replace(held.truth, problem=drawn.case.problem)
-        return replace(drawn, layer=truth, backend_layer=held.backend_layer, variant=held.variant)
+        return replace(drawn, layer=replace(layer.current, problem=problem), backend_layer=layer.backend_layer)
 
-    def scratch(self, problem: Problem, room: int) -> Any:
-        """One for all layers whom it fits, as an engine keeps it."""
-        fits = (room, problem.top_k, problem.num_experts, problem.local_experts, problem.hidden_size, problem.dtype)
-        if fits not in self.scratches:
-            self.scratches[fits] = self.s.backend.make_scratch(replace(problem, tokens=room), self.s.device.torch)
-        return self.scratches[fits]
+    def scratch(self, problem: Problem, capacity: int) -> Any:
+        """The scratch object for this capacity: one for all layers of the same sizes, as an engine keeps it."""
+        sizes = (problem.top_k, problem.num_experts, problem.local_experts, problem.hidden_size, problem.dtype)
+        key = (capacity, *sizes)
+        assert self.s.backend.make_scratch is not None  # or no step would have a capacity
+        if key not in self.scratches:
+            self.scratches[key] = self.s.backend.make_scratch(replace(problem, tokens=capacity), self.s.device.torch)
+        return self.scratches[key]
 
-    def prepare(self, held: PreparedLayer) -> None:
-        options = {} if held.room is None else {"scratch": self.scratch(held.problem, held.room)}
-        held.call = self.s.prepare(held.problem, held.backend_layer, **options)
+    def prepare(self, layer: PreparedLayer) -> None:
+        """Prepare the layer again, with a scratch object if it has a capacity."""
+        options = {} if layer.capacity is None else {"scratch": self.scratch(layer.problem, layer.capacity)}
+        layer.call = self.s.prepare(layer.problem, layer.backend_layer, **options)

@@ -1,32 +1,30 @@
-"""The steps of a sequence: dataclasses whose every field is picked from a list. Each changes the prepared layers of a
-`World` and what is known of them, or calls one and judges the answer. A step that means nothing where it stands does
-nothing.
+"""The steps of a sequence: dataclasses, each field of which is picked from a list.
+
+`apply` changes a prepared layer of a `State` together with the model of it, or calls a layer and judges the output. A
+step that does not apply to the state does nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from harness.backend import Layer
-from harness.inputs.draw import Inputs, in_layout
-from harness.problem.case import Problem
-from harness.scenarios import weight_swap
-from harness.scenarios.registry import SCENARIOS
+from harness.inputs.draw import in_layout
+from harness.scenarios import bad_input, weight_swap
 from harness.scenarios.scratch import buffers
 from harness.scenarios.stateful.state import SAME_SHAPES, State, stays_exact
-from harness.session.session import Session
 from harness.trace import fence
-from harness.trace.bits import raw
+from harness.trace.bits import same_bits
 from harness.trace.tracing import poison_
 
 
 @dataclass(frozen=True)
 class Call:
+    """One batch through a prepared layer, judged; twice: called again, for the same bits."""
+
     layer: int
     tokens: int
     routing: str
@@ -37,24 +35,26 @@ class Call:
 
     def __str__(self) -> str:
         more = [", padded rows" if self.padded else "", "" if self.out else ", without out"]
-        told = f"layer {self.layer}: call with {self.tokens} tokens, {self.routing} routing, int{self.ids} ids"
-        return f"{told}{''.join(more)}{', twice' if self.twice else ''}"
+        text = f"layer {self.layer}: call with {self.tokens} tokens, {self.routing} routing, int{self.ids} ids"
+        return f"{text}{''.join(more)}{', twice' if self.twice else ''}"
 
-    def take(self, world: State) -> None:
-        held, s = world.held(self.layer), world.s
-        inputs = world.batch(held, tokens=self.tokens, routing=self.routing, ids=self.ids, padded=self.padded)
+    def apply(self, state: State) -> None:
+        layer, s = state.layer(self.layer), state.s
+        inputs = state.batch(layer, tokens=self.tokens, routing=self.routing, ids=self.ids, padded=self.padded)
         if inputs is None:
             return
-        call = held.call if self.out else lambda *arguments: held.call(*arguments)
+        call = layer.call if self.out else lambda *arguments: layer.call(*arguments)
         first = s.check(call, inputs).clone()
         if self.twice:
             again = s.check(call, inputs, "again")
-            same = torch.equal(raw(first), raw(again)) or getattr(s.backend, "deterministic", True) is not True
+            same = same_bits(first, again) or not s.backend.deterministic
             s.require(same, "the same call again gave other bits")
 
 
 @dataclass(frozen=True)
 class Swap:
+    """All weights become those of another seed."""
+
     layer: int
     swap: str
     seed: int
@@ -62,16 +62,18 @@ class Swap:
     def __str__(self) -> str:
         return f"layer {self.layer}: all weights become those of seed {self.seed}, by {self.swap}"
 
-    def take(self, world: State) -> None:
-        held = world.held(self.layer)
-        held.config["seed"] = self.seed
-        other = world.s.draw(**held.config)
-        getattr(weight_swap, self.swap)(held.backend_layer, other.backend_layer)
-        held.base, held.changed = other.layer, frozenset()
+    def apply(self, state: State) -> None:
+        layer = state.layer(self.layer)
+        layer.config["seed"] = self.seed
+        other = state.s.draw(**layer.config)
+        getattr(weight_swap, self.swap)(layer.backend_layer, other.backend_layer)
+        layer.base, layer.changed = other.layer, frozenset()
 
 
 @dataclass(frozen=True)
 class Part:
+    """One tensor alone changes."""
+
     layer: int
     part: str
     by: str
@@ -79,21 +81,21 @@ class Part:
     def __str__(self) -> str:
         return f"layer {self.layer}: {self.part} alone changes, or back, by {self.by}"
 
-    def take(self, world: State) -> None:
-        held = world.held(self.layer)
-        if world.s.case.fill == "exact" and not stays_exact(self.part, held.problem):
+    def apply(self, state: State) -> None:
+        layer = state.layer(self.layer)
+        if state.s.case.fill == "exact" and not stays_exact(self.part, layer.problem):
             return
-        held.changed ^= {self.part}
-        new = getattr(in_layout(held.truth, held.problem.layout), self.part)
+        layer.changed ^= {self.part}
+        new = getattr(in_layout(layer.current, layer.problem.layout), self.part)
         if self.by == "copy_":
-            getattr(held.backend_layer, self.part).copy_(new)
+            getattr(layer.backend_layer, self.part).copy_(new)
         else:
-            setattr(held.backend_layer, self.part, fence.keep(new))
+            setattr(layer.backend_layer, self.part, fence.keep(new))
 
 
 @dataclass(frozen=True)
 class Configure:
-    """The layer gets another configuration, and weights for it, under the same prepared call."""
+    """The layer object gets another configuration, and weights for it, under the same prepared call."""
 
     layer: int
     setting: tuple[str, Any]
@@ -101,24 +103,24 @@ class Configure:
     def __str__(self) -> str:
         return f"layer {self.layer}: reconfigured, {self.setting[0]}={self.setting[1]}, or back"
 
-    def take(self, world: State) -> None:
-        held, (name, value) = world.held(self.layer), self.setting
-        asked = {**held.config, name: value}
-        if held.config.get(name) == value:
-            del asked[name]
-        if not world.allows(world.s.case.change(**asked).problem):
+    def apply(self, state: State) -> None:
+        layer, (name, value) = state.layer(self.layer), self.setting
+        config = {**layer.config, name: value}
+        if layer.config.get(name) == value:
+            del config[name]
+        if not state.allows(state.s.case.change(**config).problem):
             return
-        other = world.s.draw(**asked)
+        other = state.s.draw(**config)
         for each in fields(Layer):
-            setattr(held.backend_layer, each.name, getattr(other.backend_layer, each.name))
-        held.config, held.base, held.problem, held.changed = asked, other.layer, other.case.problem, frozenset()
-        if held.room is not None:
-            world.prepare(held)  # a scratch object is for one configuration
+            setattr(layer.backend_layer, each.name, getattr(other.backend_layer, each.name))
+        layer.config, layer.base, layer.problem, layer.changed = config, other.layer, other.case.problem, frozenset()
+        if layer.capacity is not None:
+            state.prepare(layer)  # a scratch object serves one configuration
 
 
 @dataclass(frozen=True)
 class Activate:
-    """The activation alone changes: the weights stay, and nothing else tells."""
+    """The activation alone changes: no tensor shows it."""
 
     layer: int
     activation: str
@@ -126,90 +128,82 @@ class Activate:
     def __str__(self) -> str:
         return f"layer {self.layer}: the activation becomes {self.activation}, the weights stay"
 
-    def take(self, world: State) -> None:
-        held = world.held(self.layer)
-        problem = replace(held.problem, activation=self.activation)
-        if held.problem.activation in SAME_SHAPES and world.allows(problem):
-            held.config["activation"] = self.activation
-            held.problem = held.backend_layer.problem = problem
+    def apply(self, state: State) -> None:
+        layer = state.layer(self.layer)
+        problem = replace(layer.problem, activation=self.activation)
+        if layer.problem.activation in SAME_SHAPES and state.allows(problem):
+            layer.config["activation"] = self.activation
+            layer.problem = layer.backend_layer.problem = problem
 
 
 @dataclass(frozen=True)
 class Prepare:
+    """The layer is prepared again, perhaps in the other layout or with a scratch object."""
+
     layer: int
     layout: str
-    room: int | None
+    capacity: int | None
 
     def __str__(self) -> str:
         layout = "" if self.layout == "same" else ", converted to the other layout"
-        scratch = "" if self.room is None else f", with the scratch object for {self.room} tokens"
+        scratch = "" if self.capacity is None else f", with the scratch object for {self.capacity} tokens"
         return f"layer {self.layer}: prepared again{layout}{scratch}"
 
-    def take(self, world: State) -> None:
-        held = world.held(self.layer)
+    def apply(self, state: State) -> None:
+        layer = state.layer(self.layer)
         if self.layout == "other":
-            layout = "kn" if held.problem.layout == "nk" else "nk"
-            problem = replace(held.problem, layout=layout)
-            if not world.allows(problem):
+            layout = "kn" if layer.problem.layout == "nk" else "nk"
+            problem = replace(layer.problem, layout=layout)
+            if not state.allows(problem):
                 return
-            held.config["layout"], held.problem = layout, problem
-            converted = in_layout(held.truth, layout)
-            held.backend_layer = Layer(problem, **{name: fence.keep(t) for name, t in converted.tensors().items()})
-        held.room = self.room
-        world.prepare(held)
+            layer.config["layout"], layer.problem = layout, problem
+            converted = in_layout(layer.current, layout)
+            layer.backend_layer = Layer(problem, **{name: fence.keep(t) for name, t in converted.tensors().items()})
+        layer.capacity = self.capacity
+        state.prepare(layer)
 
 
 @dataclass(frozen=True)
 class NaN:
+    """A call with hidden_states full of NaN, not judged: the next ones are."""
+
     layer: int
 
     def __str__(self) -> str:
         return f"layer {self.layer}: call with hidden_states full of NaN"
 
-    def take(self, world: State) -> None:
-        held = world.held(self.layer)
-        if (inputs := world.batch(held)) is not None:
-            world.s.call(held.call, replace(inputs, hidden_states=torch.full_like(inputs.hidden_states, float("nan"))))
+    def apply(self, state: State) -> None:
+        layer = state.layer(self.layer)
+        if (inputs := state.batch(layer)) is not None:
+            state.s.call(layer.call, replace(inputs, hidden_states=torch.full_like(inputs.hidden_states, float("nan"))))
 
 
 @dataclass(frozen=True)
 class Fault:
+    """A call with a bad argument, and a good one."""
+
     layer: int
     fault: str
 
     def __str__(self) -> str:
         return f"layer {self.layer}: a call that must be refused, {self.fault}, and a good one"
 
-    def take(self, world: State) -> None:
-        held = world.held(self.layer)
-        if (inputs := world.batch(held)) is not None:
-            SCENARIOS[f"error.{self.fault}"](_Midway(world.s, inputs, held.call))  # type: ignore[arg-type]
+    def apply(self, state: State) -> None:
+        layer = state.layer(self.layer)
+        if (inputs := state.batch(layer)) is not None:
+            bad_input.FAULTS[self.fault].check(state.s, inputs, layer.call)
 
 
 @dataclass(frozen=True)
 class Poison:
+    """Scratch objects are overwritten between calls."""
+
     scratch: int
 
     def __str__(self) -> str:
         return f"the scratch objects for {self.scratch} tokens are overwritten with NaN"
 
-    def take(self, world: State) -> None:
-        for (room, *_), scratch in world.scratches.items():
-            for tensor in buffers(scratch).values() if room == self.scratch else ():
+    def apply(self, state: State) -> None:
+        for (capacity, *_), scratch in state.scratches.items():
+            for tensor in buffers(scratch).values() if capacity == self.scratch else ():
                 poison_(tensor)
-
-
-class _Midway:
-    """The session of a scenario that is played in the middle of a sequence: it draws and prepares what is there."""
-
-    def __init__(self, s: Session, inputs: Inputs, call: Callable[..., Tensor]) -> None:
-        self._s, self._given, self._call = s, inputs, call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._s, name)
-
-    def draw(self) -> Inputs:
-        return self._given
-
-    def prepare(self, problem: Problem, layer: Layer) -> Callable[..., Tensor]:
-        return self._call
