@@ -1,1 +1,4 @@
-"""Nothing of MoE: errors for the user, text and tables, TOML, processes, time limits. Standard library only."""
+"""Tools that know nothing of MoE: errors, text, tables, TOML, processes, time limits. Standard library only.
+
+Public: `UserError` (errors.py), and the functions of the other modules.
+"""

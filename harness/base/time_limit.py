@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-GRACE = 10  #: seconds after the limit until a process that cannot even run Python any more is ended
+GRACE = 10  #: seconds after the limit until faulthandler ends a process in which no Python runs any more
 
 
 @contextmanager
 def time_limit(seconds: float, expired: Callable[[], None], stderr: Any) -> Iterator[None]:
-    """A thread that ends the process in good order; and, for a driver call that lets no thread run, one that just ends
-    it (faulthandler's needs no interpreter)."""
+    """Call expired() if the block takes longer than `seconds` (0: no limit); it must end the process.
+
+    A thread calls it, after writing all stacks to stderr. If a driver call lets no thread run, the thread of
+    faulthandler, which needs no interpreter, ends the process GRACE seconds later.
+    """
     if not seconds:
         yield
         return

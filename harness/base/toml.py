@@ -1,4 +1,4 @@
-"""TOML files: the table in one, or an error of the caller's own kind that says where it is wrong."""
+"""Read TOML files, with the caller's own class of error."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if sys.version_info >= (3, 11):
 else:
     try:
         import tomli as tomllib  # pytest brings it
-    except ImportError:  # nothing is installed yet, as when CI asks for its rows: pip has one
+    except ImportError:  # nothing is installed yet, as in CI's first job: pip has a copy
         from pip._vendor import tomli as tomllib
 
 
 def read(path: Path, wrong: type[Exception], name: str = "") -> dict[str, Any]:
-    """The table in a file. `wrong` is raised, with `name` or the path in front, if it cannot be read or is no TOML."""
+    """The table of a file. Raises wrong("name: ..."), by default with the path, if it cannot be read or is not TOML."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -25,8 +25,8 @@ def read(path: Path, wrong: type[Exception], name: str = "") -> dict[str, Any]:
 
 
 def parse(text: str, wrong: type[Exception], name: str) -> dict[str, Any]:
-    """The table in a text, which `name` stands for in the message of `wrong`."""
+    """The table of a text. Raises wrong("name: ...") if it is not TOML."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:  # a name that is there twice, among others
+    except tomllib.TOMLDecodeError as error:  # also for a name that occurs twice
         raise wrong(f"{name}: {error}") from error

@@ -1,9 +1,9 @@
-"""Tensors between fences: whoever reads beyond one computes NaN, whoever writes there is seen.
+"""Tensors between fences: a kernel that reads beyond one computes NaN, and a write there is detected.
 
-A fenced tensor lies in a room of its own, FENCE elements from either end. Those ends hold canaries, one bit pattern for
-each size of element, which is NaN in every floating format of that size and a large number as an integer (all bits set
-where an element is one byte: NaN in both fp8 formats). A tensor tells by itself that it is fenced: by its place in its
-storage.
+A fenced tensor lies in a buffer of its own, FENCE elements from either end. The ends are the fences: they hold
+canaries, one bit pattern for each element size, which is NaN in every floating format of that size and a large number
+as an integer (for one byte all bits are set: NaN in both fp8 formats). A tensor's offset in its storage shows whether
+it is fenced.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-FENCE = 512  #: elements before and behind: a multiple of every alignment that kernels ask for
-#: Element size -> the integer type of that size and the canary's value in it.
+FENCE = 512  #: elements before and behind: a multiple of every alignment that kernels require
+#: {element size: (the integer type of that size, the canary's value in it)}
 _CANARY = {
     1: (torch.uint8, 0xFF),
     2: (torch.int16, 0x7FFD),
@@ -29,8 +29,10 @@ _stale = False
 
 @contextmanager
 def stale() -> Iterator[None]:
-    """Poison is finite meanwhile, as what an earlier call leaves behind: an amax ignores NaN, but not this, and a table
-    that holds zeros, unlike one that holds huge numbers, names rows and experts that exist."""
+    """Make poison finite, like the data of an earlier call: an amax ignores NaN, but not this.
+
+    Integers become 0: unlike huge numbers, zeros are valid row and expert numbers.
+    """
     global _stale
     _stale = True
     try:
@@ -40,7 +42,7 @@ def stale() -> Iterator[None]:
 
 
 def poison_(tensor: Tensor) -> Tensor:
-    """Overwrite with NaN (floating formats, all bits of the fp8 code set) or with a large number (integers)."""
+    """Overwrite a tensor with NaN (all bits of the fp8 code set), or with a large number (integers), and return it."""
     if _stale:
         return _overwrite_as_used(tensor)
     if tensor.dtype.is_floating_point:
@@ -65,11 +67,11 @@ def _overwrite_as_used(tensor: Tensor) -> Tensor:
 def fenced(like: Tensor, device: torch.device | None = None) -> Tensor:
     """Fenced memory of like's shape, strides and dtype, on its device or another. Only the fences are written."""
     span = _span(like)
-    room = torch.empty(span + 2 * FENCE, dtype=like.dtype, device=device or like.device)
-    for end in (room[:FENCE], room[FENCE + span :]):
+    buffer = torch.empty(span + 2 * FENCE, dtype=like.dtype, device=device or like.device)
+    for end in (buffer[:FENCE], buffer[FENCE + span :]):
         kind, canary = _canary(end)
         end.view(kind).fill_(canary)
-    return room.as_strided(like.shape, like.stride(), FENCE)
+    return buffer.as_strided(like.shape, like.stride(), FENCE)
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -78,7 +80,7 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def keep(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """A fenced copy, on the tensor's device or another. Strides are kept, and what lies between rows is poison."""
+    """A fenced copy, on the tensor's device or another. Strides are kept; the gaps between rows are poison."""
     copy = fenced(tensor, device)
     if tensor.numel() and _span(tensor) != tensor.numel():
         poison_(copy.as_strided((_span(tensor),), (1,), FENCE))
@@ -86,24 +88,24 @@ def keep(tensor: Tensor, device: torch.device | None = None) -> Tensor:
 
 
 def fences(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The ends of the tensor's room; None if it has none."""
+    """The tensor's fences (before, behind); None if it is not fenced."""
     size, span = tensor.element_size(), _span(tensor)
     storage = tensor.untyped_storage()
     if tensor.storage_offset() != FENCE or storage.nbytes() != (span + 2 * FENCE) * size:
         return None
-    room = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (span + 2 * FENCE,), (1,))
-    return room[:FENCE], room[FENCE + span :]
+    buffer = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, (span + 2 * FENCE,), (1,))
+    return buffer[:FENCE], buffer[FENCE + span :]
 
 
 def intact(ends: Iterable[Tensor]) -> bool:
-    """Whether every canary in these ends of rooms is alive: one wait for each device, not one for each end."""
+    """Whether every canary in these fences is unchanged. Waits once for each device, not once for each fence."""
     together: dict[tuple[torch.device, int], list[Tensor]] = {}
     for end in ends:
         together.setdefault((end.device, end.element_size()), []).append(end.view(_canary(end)[0]))
-    alive: dict[torch.device, list[Tensor]] = {}
+    unchanged: dict[torch.device, list[Tensor]] = {}
     for (device, _), same in together.items():
-        alive.setdefault(device, []).append((torch.cat(same) == _canary(same[0])[1]).all())
-    return all(bool(torch.stack(found).all()) for found in alive.values())
+        unchanged.setdefault(device, []).append((torch.cat(same) == _canary(same[0])[1]).all())
+    return all(bool(torch.stack(each).all()) for each in unchanged.values())
 
 
 def _canary(tensor: Tensor) -> tuple[torch.dtype, int]:
@@ -111,7 +113,7 @@ def _canary(tensor: Tensor) -> tuple[torch.dtype, int]:
 
 
 def _span(tensor: Tensor) -> int:
-    """The elements from the first to the last."""
+    """The number of elements of storage from the first to the last element."""
     if not tensor.numel():
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))

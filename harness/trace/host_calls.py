@@ -1,7 +1,7 @@
 """Python functions that one call runs: the host overhead, as a number that is the same on every machine.
 
-Counted with sys.setprofile, in a pass of its own. What Triton does is left out, with all below it: interpreting a
-kernel, or looking up a compiled one, is not the backend's code, and the first would hide it a thousandfold.
+Counted with sys.setprofile, in a separate pass. Triton's functions are left out, with all that they call: interpreting
+a kernel, or looking up a compiled one, is not the backend's code, and the former makes a thousand times as many calls.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ _WRAPPERS = ("jit", "autotune", "heuristics")
 
 @dataclass
 class HostCalls:
-    """functions: "module.function" -> calls; synchronizes: explicit waits for the device."""
+    """The counts of one call."""
 
-    functions: Counter[str] = field(default_factory=Counter)
-    synchronizes: int = 0
+    functions: Counter[str] = field(default_factory=Counter)  #: calls, by "module.function"
+    synchronizes: int = 0  #: explicit waits for the device
 
 
 def count(call: Callable[[], Any]) -> HostCalls:
-    """What this thread runs in call(), itself included. Not counted: all below a function of Triton; other threads.
+    """Count the functions that this thread runs in call(), itself included.
 
-    The garbage collector is off meanwhile: what it would finalize is not the call's doing.
+    Not counted: functions of Triton and all that they call; other threads. The garbage collector is off meanwhile: its
+    finalizers do not belong to the call.
     """
-    found = HostCalls()
+    calls = HostCalls()
     triton = _home("triton")
-    outermost: FrameType | None = None  # of Triton, or of a synchronize: what it calls is not counted again
+    outermost: FrameType | None = None  # of Triton, or a synchronize: its callees are not counted
     names: dict[CodeType, str] = {}
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
@@ -46,22 +47,22 @@ def count(call: Callable[[], Any]) -> HostCalls:
         elif event == "call":
             code = frame.f_code
             if code.co_filename.startswith(triton):
-                if code.co_name in _WRAPPERS:  # a kernel made anew is compiled anew
-                    found.functions[f"triton.{code.co_name}"] += 1
+                if code.co_name in _WRAPPERS:  # a kernel that is made again is compiled again
+                    calls.functions[f"triton.{code.co_name}"] += 1
                 outermost = frame
                 return
             if code not in names:
                 names[code] = f"{frame.f_globals.get('__name__', '?')}.{code.co_name}"
-            found.functions[names[code]] += 1
+            calls.functions[names[code]] += 1
             if code.co_name == "synchronize" and names[code].startswith("torch."):
-                found.synchronizes += 1
+                calls.synchronizes += 1
                 outermost = frame
         elif event == "c_call" and getattr(argument, "__name__", "") in ("synchronize", "_cuda_synchronize"):
-            found.synchronizes += 1
+            calls.synchronizes += 1
 
     collecting, before = gc.isenabled(), sys.getprofile()
     gc.disable()
-    # Triton is left out by its files alone; that the interpreter is not slowed down is what shielding is for.
+    # The file names alone leave Triton out; shielding keeps the profiler from slowing the interpreter down.
     with shielding(lambda: sys.setprofile(None), lambda: sys.setprofile(profile)):
         try:
             sys.setprofile(profile)
@@ -70,10 +71,10 @@ def count(call: Callable[[], Any]) -> HostCalls:
             sys.setprofile(before)
             if collecting:
                 gc.enable()
-    return found
+    return calls
 
 
 def _home(package: str) -> str:
-    """The directory of an imported package, or what no path begins with."""
+    """The directory of an imported package, or a string with which no path begins."""
     module = sys.modules.get(package)
     return str(Path(module.__file__).parent) if module is not None and module.__file__ else "\0"

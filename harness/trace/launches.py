@@ -1,7 +1,7 @@
-"""Launches of Triton kernels: each with its name, its grid, and all that compiling the same kernel again would need.
+"""Launches of Triton kernels: name, grid, and everything that compiling the same kernel again needs.
 
-Interpreted or compiled, every launch goes through the `run` of what @triton.jit made. Watched it is only while somebody
-watches: whoever measures time afterwards measures an unchanged Triton.
+Every launch, interpreted or compiled, goes through the method `run` of the object that @triton.jit makes. The hooks are
+installed only while a watcher is registered: at any other time, timings measure an unchanged Triton.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-#: The type that a number has for Triton: 32 bits where it fits.
+#: The numbers that Triton passes as 32-bit integers.
 _SMALL = range(-(2**31), 2**31)
 _ODD, _WIDE = 7, 2**32  # representatives: not divisible by 16, and beyond 32 bits
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. No tensor is kept: `arguments` holds what Triton specialises a kernel for, ready for JSON.
+    """One launch, without its tensors: `arguments` holds what Triton specialises a kernel for, ready for JSON.
 
-    kernel: "package.module:function", or "" for a kernel that was compiled by hand, of which the name alone is known.
+    kernel: "package.module:function", or "" for a kernel that was compiled by hand, of which only the name is known.
     grid: one to three numbers of program instances; () if unknown.
-    arguments: by parameter, see `described`. options: num_warps, num_stages and the like, as given.
+    arguments: by parameter, see `described`. options: num_warps, num_stages and the like.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Launch:
         return f"{self.name}[{','.join(map(str, shown)) or '?'}]"
 
     def spec(self) -> dict[str, Any]:
-        """All but the grid, JSON-able: equal for two launches that run the same machine code."""
+        """Everything but the grid, ready for JSON. Equal for two launches that run the same machine code."""
         return {
             "kernel": self.kernel, "arguments": self.arguments, "options": self.options,
             "constants": list(self.constants),
@@ -61,7 +61,7 @@ class Launch:
 
 @contextmanager
 def watching(callback: Callable[[Launch], None]) -> Iterator[None]:
-    """Call back with every launch of this process, before the kernel runs."""
+    """Call callback(launch) for every launch of this process, before the kernel runs."""
     with _lock:
         if not _watchers:
             _install()
@@ -78,7 +78,7 @@ def watching(callback: Callable[[Launch], None]) -> Iterator[None]:
 
 @contextmanager
 def shielding(pause: Callable[[], None], resume: Callable[[], None]) -> Iterator[None]:
-    """Call pause() before and resume() after whatever Triton does for a launch, compiled or interpreted."""
+    """Call pause() before and resume() after Triton's own work for each launch, compiled or interpreted."""
     from triton.runtime.jit import JITFunction
 
     def shielded(as_shipped: Any) -> Any:
@@ -108,18 +108,18 @@ _lock = threading.Lock()
 _running = threading.local()  # .launch: of the compiled `run` that this thread is in; .depth: of `run`s it is in
 
 
-def inside() -> bool:
-    """Whether this thread is inside a launch that is watched: what the interpreter does there is nobody's overhead."""
+def in_launch() -> bool:
+    """Whether this thread is inside a watched launch: the interpreter's work there is not the backend's overhead."""
     return getattr(_running, "depth", 0) > 0
 
 
-def _tell(launch: Launch) -> None:
+def _notify(launch: Launch) -> None:
     for callback in list(_watchers):
         callback(launch)
 
 
 def _interpreted() -> Any:
-    """InterpretedFunction; in Triton 3.4 its launches are made to go through its `run`, as they do in later ones."""
+    """InterpretedFunction; in Triton 3.4 patched so that its launches go through its `run`, as in later versions."""
     from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
     kind: Any = InterpretedFunction
@@ -138,8 +138,8 @@ def _install() -> None:
     from triton.runtime.jit import JITFunction
 
     def entered(metadata: Any) -> None:
-        # A kernel that was compiled by hand is started without `run`: its name is all there is to see.
-        _tell(getattr(_running, "launch", None) or Launch(metadata.get()["name"]))
+        # A kernel that was compiled by hand starts without `run`: only its name is known.
+        _notify(getattr(_running, "launch", None) or Launch(metadata.get()["name"]))
         _running.launch = None
 
     def set_running(launch: Launch) -> None:
@@ -152,23 +152,24 @@ def _install() -> None:
     else:
         hooks.add(entered)
         _undo.append(lambda: hooks.remove(entered))
-    # Compiled, `run` may only compile (warmup): the hook tells when a kernel starts. The interpreter calls no hook.
-    _replace(_interpreted(), _tell)
+    # `run` of a compiled kernel may only compile (warmup), so the hook reports the start. The interpreter has no hook.
+    _replace(_interpreted(), _notify)
     _replace(JITFunction, set_running)
 
 
-def _replace(kind: Any, found: Callable[[Launch], None]) -> None:
+def _replace(kind: Any, callback: Callable[[Launch], None]) -> None:
+    """Make kind.run call callback(launch) first."""
     as_shipped = kind.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        def told(sizes: Any) -> Any:
-            found(_launch(self, sizes, args, kwargs))
+        def reported(sizes: Any) -> Any:
+            callback(_launch(self, sizes, args, kwargs))
             return sizes
 
         if warmup:
             return as_shipped(self, *args, grid=grid, warmup=warmup, **kwargs)
-        # A function as a grid is called by Triton itself, with what it makes of the arguments.
-        watched = (lambda meta: told(grid(meta))) if callable(grid) else told(grid)
+        # Triton itself calls a grid that is a function, with the bound arguments.
+        watched = (lambda meta: reported(grid(meta))) if callable(grid) else reported(grid)
         _running.depth = getattr(_running, "depth", 0) + 1
         try:
             return as_shipped(self, *args, grid=watched, warmup=warmup, **kwargs)
@@ -216,7 +217,7 @@ def _launch(kernel: Any, grid: Any, args: tuple, kwargs: dict[str, Any]) -> Laun
 
 
 def specialised(value: Any, unspecialised: bool = False) -> Any:
-    """An argument as Triton tells it from others, ready for JSON: of a number its kind is left, not its value.
+    """An argument as far as Triton specialises for it, ready for JSON: a number is replaced by one of its kind.
 
     int -> a representative: 1, 16 (a multiple of 16), 7 (any other), and the same beyond 32 bits; float -> 0.5.
     unspecialised: the kernel asks not to be compiled anew for 1 and for multiples of 16.
@@ -236,7 +237,7 @@ def described(value: Any) -> Any:
 
     {"tensor": dtype, "aligned": to 16 bytes, "small": storage below 2 GiB}, {"dtype": a Triton type},
     {"torch": a torch dtype}, {"tuple": [...]}, {"function": "module:name"}, {"descriptor": {...}}, or
-    {"opaque": type} for what cannot be described; compiling it is then refused with that word.
+    {"opaque": type} for any other value, which cannot be compiled again.
     """
     kind = type(value)
     if value is None or kind in (bool, int, float, str):

@@ -1,15 +1,14 @@
-"""Triton's interpreter as a sanitizer: what interpreted kernels do to memory that only other sizes would show.
+"""Triton's interpreter as a sanitizer: memory faults of interpreted kernels that show only with other sizes.
 
-outside    a lane that is not masked off reads or writes outside of the memory of the tensor that its pointer came from:
-           fences (trace/fence.py) do not belong to it. Such lanes are not carried out.
-too wide   an offset computed in 32 bits that a lane follows is as large as a limit: with larger tensors it would
-           overflow. Overflow proper begins at 2^31 elements, which no interpreter serves; the limit, and tensors to go
-           with it, are a model of that on a smaller scale.
+outside    An active lane reads or writes outside the memory of the tensor from which its pointer is derived. Fences
+           (trace/fence.py) are not part of that memory. The sanitizer masks such lanes off.
+too wide   An active lane uses an offset, computed in 32 bits, that reaches a limit: it overflows with larger tensors.
+           Real overflow begins at 2^31 elements, too many for an interpreter. A smaller limit, with tensors to match,
+           is a model of it.
 
-A pointer remembers the tensor it came from, and a number or pointer the lanes that were too wide, through every
-operator that makes another of it; what a lane that is masked off holds is nobody's business. What follows from an
-addition, a product, a quotient, a left shift or a conversion is still an offset; what a remainder, a right shift or a
-bitwise operator makes of it is another number.
+A pointer carries its tensor, and a number or pointer its too wide lanes, through every operator that derives another
+value from it. The content of masked lanes does not matter. An addition, product, quotient, left shift or conversion of
+an offset is an offset; a remainder, right shift or bitwise operation of it is another number.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from torch import Tensor
 
 from harness.trace.tracing import Trace
 
-_ROOM, _WIDE = "moe_harness_room", "moe_harness_wide"
-#: Operators whose first tensor the result is another view of.
+_MEMORY, _WIDE = "moe_harness_memory", "moe_harness_wide"  #: attributes of the interpreter's tensors
+#: Operators whose result is a view of their first tensor.
 _VIEWS = (
     "create_expand_dims", "create_broadcast", "create_reshape", "create_trans", "create_unsplat", "create_bitcast",
     "create_int_to_ptr", "create_ptr_to_int",
@@ -41,20 +40,20 @@ _MANY = 8  #: faults that are kept
 
 
 @dataclass(frozen=True)
-class Fault:
-    """One place in a kernel, and what it did there first."""
+class MemoryFault:
+    """A line of a kernel with a fault; `text` describes the first one there."""
 
     kernel: str
     place: str
-    told: str
+    text: str
 
     def __str__(self) -> str:
-        return f"{self.kernel}, {self.place}: {self.told}"
+        return f"{self.kernel}, {self.place}: {self.text}"
 
 
 @dataclass(frozen=True)
-class _Room:
-    """The addresses that belong to a tensor."""
+class _Memory:
+    """The addresses of a tensor, from `first` to before `end`."""
 
     name: str
     first: int
@@ -63,7 +62,7 @@ class _Room:
 
 @dataclass(frozen=True)
 class _Wide:
-    """Which lanes hold, or came from, a 32-bit offset that was too wide; and one of them, and where it was made."""
+    """The lanes (bool, of the value's shape) derived from a too wide 32-bit offset; one such offset and its place."""
 
     lanes: np.ndarray
     value: int
@@ -71,17 +70,17 @@ class _Wide:
 
 
 @contextmanager
-def guarding(trace: Trace, limit: int | None = None) -> Iterator[list[Fault]]:
-    """`with guarding(trace) as faults:` finds what kernels interpreted in it do to memory; at most one fault a line.
+def guarding(trace: Trace, limit: int | None = None) -> Iterator[list[MemoryFault]]:
+    """`with guarding(trace) as faults:` records the memory faults of kernels interpreted in it, at most one a line.
 
-    trace: knows the fences and, by its last launch, the kernel. limit: elements from which a 32-bit offset is too wide;
-    None allows all. One at a time in a process.
+    trace: has the fences, and the current kernel as its last launch. limit: the number of elements from which a 32-bit
+    offset is too wide; None: no limit. Only one guard may be active in a process.
     """
     from triton.runtime import interpreter
 
     guard = _Guard(trace, limit, interpreter)
     builder = interpreter.InterpreterBuilder
-    shipped = {name: getattr(builder, name) for name in guard.operators if hasattr(builder, name)}  # 3.4 has fewer
+    shipped = {name: getattr(builder, name) for name in guard.operators if hasattr(builder, name)}  # fewer in 3.4
     convert = interpreter._implicit_cvt
     for name, function in shipped.items():
         setattr(builder, name, guard.operators[name](function))
@@ -95,9 +94,11 @@ def guarding(trace: Trace, limit: int | None = None) -> Iterator[list[Fault]]:
 
 
 class _Guard:
+    """The replaced operators of the interpreter, and the faults that they find."""
+
     def __init__(self, trace: Trace, limit: int | None, interpreter: Any) -> None:
         self.trace, self.limit, self.interpreter = trace, limit, interpreter
-        self.faults: list[Fault] = []
+        self.faults: list[MemoryFault] = []
         self.operators: dict[str, Callable[[Callable], Callable]] = dict.fromkeys(_VIEWS, self._view)
         self.operators |= {
             "create_splat": self._splat, "create_addptr": self._addptr, "create_masked_load": self._load,
@@ -109,26 +110,26 @@ class _Guard:
             self.operators |= dict.fromkeys(_KEEPS, functools.partial(self._number, grows=False))
             self.operators |= dict.fromkeys(_CASTS, self._cast)
 
-    # -- where pointers come from -------------------------------------------------------------------------------------
+    # -- pointers get their memory ------------------------------------------------------------------------------------
     def argument(self, convert: Callable) -> Callable:
         def implicit_cvt(arg: Any) -> Any:
             made = convert(arg)
             if isinstance(arg, Tensor):
-                made.handle.attr[_ROOM] = self._room(arg)
+                made.handle.attr[_MEMORY] = self._memory(arg)
             return made
 
         return implicit_cvt
 
-    def _room(self, tensor: Tensor) -> _Room:
+    def _memory(self, tensor: Tensor) -> _Memory:
         storage = tensor.untyped_storage()
         first = storage.data_ptr()
         for name, before, behind in self.trace.fences:
             if before.untyped_storage().data_ptr() == first:
-                return _Room(name, first + before.numel() * before.element_size(), behind.data_ptr())
+                return _Memory(name, first + before.numel() * before.element_size(), behind.data_ptr())
         kind = str(tensor.dtype).removeprefix("torch.")
-        return _Room(f"a tensor of its own, {kind} {tuple(tensor.shape)}", first, first + storage.nbytes())
+        return _Memory(f"a tensor of its own, {kind} {tuple(tensor.shape)}", first, first + storage.nbytes())
 
-    # -- what they become ---------------------------------------------------------------------------------------------
+    # -- derived values inherit it ------------------------------------------------------------------------------------
     def _view(self, as_shipped: Callable) -> Callable:
         @functools.wraps(as_shipped)
         def operator(builder: Any, source: Any, *rest: Any) -> Any:
@@ -150,8 +151,8 @@ class _Guard:
         return operator
 
     def _inherit(self, made: Any, source: Any, change: Callable) -> None:
-        if room := source.attr.get(_ROOM):
-            made.attr[_ROOM] = room
+        if memory := source.attr.get(_MEMORY):
+            made.attr[_MEMORY] = memory
         if wide := source.attr.get(_WIDE):
             if wide.lanes.shape != made.data.shape:
                 marks = self.interpreter.TensorHandle(wide.lanes, self.interpreter.tl.int1)
@@ -162,9 +163,9 @@ class _Guard:
         @functools.wraps(as_shipped)
         def operator(builder: Any, condition: Any, left: Any, right: Any) -> Any:
             made = as_shipped(builder, condition, left, right)
-            room = left.attr.get(_ROOM)
-            if room and room == right.attr.get(_ROOM):
-                made.attr[_ROOM] = room
+            memory = left.attr.get(_MEMORY)
+            if memory and memory == right.attr.get(_MEMORY):
+                made.attr[_MEMORY] = memory
             chosen = {True: left.attr.get(_WIDE), False: right.attr.get(_WIDE)}
             for wanted, wide in chosen.items():
                 if wide:
@@ -178,8 +179,8 @@ class _Guard:
         @functools.wraps(as_shipped)
         def create_addptr(builder: Any, pointer: Any, offset: Any) -> Any:
             made = as_shipped(builder, pointer, offset)
-            if room := pointer.attr.get(_ROOM):
-                made.attr[_ROOM] = room
+            if memory := pointer.attr.get(_MEMORY):
+                made.attr[_MEMORY] = memory
             for operand in (pointer, offset):
                 if wide := operand.attr.get(_WIDE):
                     self._mark(made, wide)
@@ -226,7 +227,7 @@ class _Guard:
         first = old or wide
         made.attr[_WIDE] = _Wide(np.broadcast_to(lanes, made.data.shape), first.value, first.place)
 
-    # -- where they are followed --------------------------------------------------------------------------------------
+    # -- accesses are checked -----------------------------------------------------------------------------------------
     def _load(self, as_shipped: Callable) -> Callable:
         @functools.wraps(as_shipped)
         def create_masked_load(builder: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
@@ -254,22 +255,22 @@ class _Guard:
             handle = self.interpreter.TensorHandle
             everywhere = handle(np.ones(pointers.data.shape, bool), self.interpreter.tl.int1)
             if not self._checked(pointers, everywhere, "writes").data.all():
-                raise IndexError(str(self.faults[-1]))  # it has no mask that could leave a lane out
+                raise IndexError(str(self.faults[-1]))  # without a mask, no lane can be left out
             return as_shipped(builder, pointers, *rest)
 
         return create_atomic_cas
 
     def _checked(self, pointers: Any, mask: Any, does: str) -> Any:
-        """The mask, without the lanes that would leave the pointers' room."""
+        """The mask without the lanes that leave the pointers' memory. does: "reads" or "writes"."""
         if wide := pointers.attr.get(_WIDE):
             if (wide.lanes & mask.data).any():
                 times = 2**31 // (self.limit or 1)
-                told = f"{does} at an int32 offset of {wide.value} elements ({wide.place}); it would overflow"
-                self._report(f"{told} with tensors of {times} times the size")
-        room = pointers.attr.get(_ROOM)
-        if room is None:
+                text = f"{does} at an int32 offset of {wide.value} elements ({wide.place}); it would overflow"
+                self._report(f"{text} with tensors of {times} times the size")
+        memory = pointers.attr.get(_MEMORY)
+        if memory is None:
             return mask
-        first, end = np.uint64(room.first), np.uint64(room.end - _bytes(pointers))
+        first, end = np.uint64(memory.first), np.uint64(memory.end - _bytes(pointers))
         inside = (pointers.data >= first) & (pointers.data <= end)
         if inside.all():
             return mask
@@ -278,16 +279,16 @@ class _Guard:
             return mask
         lane = int(pointers.data[outside].flat[0])
         size = _bytes(pointers)
-        away = f"{(lane - room.end) // size + 1} elements behind" if lane >= room.end else ""
-        away = away or f"{-(-(room.first - lane) // size)} elements before"
-        self._report(f"{does} {int(outside.sum())} elements outside of {room.name}, the first {away} it")
+        away = f"{(lane - memory.end) // size + 1} elements behind" if lane >= memory.end else ""
+        away = away or f"{-(-(memory.first - lane) // size)} elements before"
+        self._report(f"{does} {int(outside.sum())} elements outside of {memory.name}, the first {away} it")
         return self.interpreter.TensorHandle(mask.data & inside, mask.dtype)
 
-    def _report(self, told: str) -> None:
+    def _report(self, text: str) -> None:
         kernel, place = (self.trace.launches or ["a kernel"])[-1], _place()
         known = {(fault.kernel, fault.place) for fault in self.faults}
         if len(self.faults) < _MANY and (kernel, place) not in known:
-            self.faults.append(Fault(kernel, place, told))
+            self.faults.append(MemoryFault(kernel, place, text))
 
 
 def _bytes(pointers: Any) -> int:
@@ -295,7 +296,7 @@ def _bytes(pointers: Any) -> int:
 
 
 def _place() -> str:
-    """The line of the kernel that is interpreted: "gemm.py:98 `a_ptrs = ...`"."""
+    """The current line of the interpreted kernel: "gemm.py:98 `a_ptrs = ...`"."""
     frame, skipped = sys._getframe(1), (f"{Path('triton', 'language')}", f"{Path('triton', 'runtime')}")
     while frame is not None:
         name = frame.f_code.co_filename

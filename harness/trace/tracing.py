@@ -1,9 +1,9 @@
-"""What one call did: kernels launched, operators dispatched, tensors allocated. And poison: nothing comes back empty.
+"""Record one call: kernels launched, operators dispatched, tensors allocated. And poison uninitialised memory.
 
-A torch dispatch mode sees every operator of the calling thread, whoever wrote the backend. While it is active, memory
-that would come back uninitialised (torch.empty and its kin) is filled with NaN, or with a large number for integers, so
-that a kernel that reads what nobody wrote cannot be right by luck. It also lies between fences (trace/fence.py):
-whoever reads past the end of a workspace computes NaN, and whoever writes there is seen.
+A torch dispatch mode sees every operator of the calling thread, for any backend. While it is active, uninitialised
+memory (torch.empty and similar) is filled with NaN, or with a large number for integers: a kernel that reads elements
+that were never written cannot be right by luck. That memory also lies between fences (trace/fence.py): a kernel that
+reads past the end of a workspace computes NaN, and a write there is detected.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_leaves
 
 from harness.trace import fence
 from harness.trace.fence import poison_
-from harness.trace.launches import Launch, inside, watching
+from harness.trace.launches import Launch, in_launch, watching
 
 _EMPTY = ("empty.memory_format", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
 
 
 @dataclass
 class Allocation:
-    """One tensor that an operator returned in memory of its own."""
+    """One tensor that an operator returned in new memory."""
 
     op: str
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ class Allocation:
 
 @dataclass
 class Trace:
-    """Everything one call did, in order."""
+    """The launches, operators and allocations of one call, in order."""
 
     launched: list[Launch] = field(default_factory=list)  #: Triton kernels
     ops: list[str] = field(default_factory=list)  #: torch operators
@@ -47,18 +47,18 @@ class Trace:
         return [launch.name for launch in self.launched]
 
     def fenced(self, like: Tensor, what: str) -> Tensor:
-        """Poisoned memory of like's shape, strides, dtype and device, between fences that `overrun` looks at."""
+        """Poisoned memory of like's shape, strides, dtype and device, between fences that `overrun` checks."""
         made = fence.fenced(like)
         self.watch(made, what)
         return poison_(made)
 
     def watch(self, tensor: Tensor, what: str) -> None:
-        """Have `overrun` look at this tensor's fences too, if it has any."""
+        """Add a tensor's fences, if it has any, to those that `overrun` checks. what: its name in messages."""
         if ends := fence.fences(tensor):
             self.fences.append((what, *ends))
 
     def overrun(self) -> str:
-        """What was written past its ends, or ""."""
+        """The names of the tensors past whose ends something was written, or ""."""
         if fence.intact([end for _, *ends in self.fences for end in ends]):
             return ""
         return ", ".join(what for what, *ends in self.fences if not fence.intact(ends))
@@ -68,6 +68,7 @@ class Trace:
         return sum(a.nbytes for a in self.allocations)
 
     def summary(self) -> dict[str, Any]:
+        """The counts, ready for a verdict's record."""
         return {
             "launches": self.launches,
             "operators": len(self.ops),
@@ -77,7 +78,7 @@ class Trace:
 
 
 class Tracing(TorchDispatchMode):
-    """`with Tracing() as trace:` records what this thread does, and poisons uninitialised memory."""
+    """`with Tracing() as trace:` records the calls of this thread, and poisons uninitialised memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,13 +96,13 @@ class Tracing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if inside():
+        if in_launch():
             return result
         name = func.__name__
         self.trace.ops.append(name)
-        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        operands = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.numel() and _storage(tensor) not in given:
+            if isinstance(tensor, Tensor) and tensor.numel() and _storage(tensor) not in operands:
                 kind = str(tensor.dtype).removeprefix("torch.")
                 size = tensor.numel() * tensor.element_size()
                 self.trace.allocations.append(Allocation(name, tuple(tensor.shape), kind, size))

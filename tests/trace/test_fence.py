@@ -6,6 +6,7 @@ import torch
 from harness.device import Device
 from harness.diagnose import failure
 from harness.diagnose.failure import Failed
+from harness.diagnose.report import Report
 from harness.inputs.draw import draw
 from harness.problem.case import Case
 from harness.run.case import run_case
@@ -22,7 +23,7 @@ INTEGERS = (torch.int16, torch.int32, torch.int64)
 @pytest.fixture(autouse=True)
 def unexplained(monkeypatch):
     """That an answer is wrong is enough here; to say why takes longer than to find out."""
-    plain = lambda backend, plans, judgement, inputs, what, *rest: Failed("wrong", f"wrong {what}")  # noqa: E731
+    plain = lambda backend, plans, judgement, inputs, what, *rest: Failed(Report("wrong", details=[f"wrong {what}"]))  # noqa: E731
     monkeypatch.setattr(failure, "failure", plain)
 
 
@@ -34,19 +35,19 @@ def beyond(t, n=1):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_fences_of_floats_are_nan(dtype):
-    assert beyond(fence.empty(3, 5, dtype=dtype, device=draw.CPU), fence.FENCE).double().isnan().all()
+    assert beyond(fence.empty(3, 5, dtype=dtype, device=torch.device("cpu")), fence.FENCE).double().isnan().all()
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_fences_of_integers_are_large(dtype):
     largest = torch.iinfo(dtype).max
-    assert (beyond(fence.empty(3, 5, dtype=dtype, device=draw.CPU)) > largest * 0.99).all()
+    assert (beyond(fence.empty(3, 5, dtype=dtype, device=torch.device("cpu"))) > largest * 0.99).all()
 
 
 @pytest.mark.parametrize("dtype", (*FLOATS, *INTEGERS, torch.bool), ids=str)
 @pytest.mark.parametrize("place", (-1, 15))
 def test_any_write_is_seen(dtype, place):
-    tensor = fence.empty(3, 5, dtype=dtype, device=draw.CPU)
+    tensor = fence.empty(3, 5, dtype=dtype, device=torch.device("cpu"))
     trace = Trace()
     trace.watch(tensor, "this one")
     assert trace.overrun() == ""

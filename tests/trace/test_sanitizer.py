@@ -1,4 +1,4 @@
-"""The interpreter as a sanitizer: kernels with a fault in their memory accesses are told, correct ones are not."""
+"""The interpreter as a sanitizer: it reports wrong memory accesses, and no correct ones."""
 
 import tests.support.interpreted  # isort: skip  # noqa: F401
 
@@ -85,25 +85,25 @@ def test_a_correct_kernel_is_not_accused():
         (dict(FIRST=10_000), "reads", "x"),  # beyond the fence, too
     ],
 )
-def test_leaving_a_tensor_is_told(changes, does, tensor):
+def test_an_access_outside_a_tensor_is_a_fault(changes, does, tensor):
     faults, _ = faults_of(**changes)
     assert len(faults) == 1
-    assert faults[0].kernel == "_copy_rows" and faults[0].place.startswith("test_memory_kernels.py:")
+    assert faults[0].kernel == "_copy_rows" and faults[0].place.startswith("test_sanitizer.py:")
     assert "tl.load" in faults[0].place or "tl.store" in faults[0].place
-    assert faults[0].told.startswith(does) and f"outside of {tensor}" in faults[0].told
+    assert faults[0].text.startswith(does) and f"outside of {tensor}" in faults[0].text
 
 
 @pytest.mark.parametrize("offset", ("narrow", "too late", "narrowed"))
-def test_a_narrow_offset_is_told_where_it_was_made(offset):
+def test_a_narrow_offset_is_a_fault_of_the_line_that_made_it(offset):
     rows = WIDEST_OFFSET // 128 + 1
     faults, right = faults_of(rows, 128, WIDEST_OFFSET, OFFSET=offset)
     assert right and len(faults) == 1
-    assert "at an int32 offset of" in faults[0].told and "65536 times" in faults[0].told
+    assert "at an int32 offset of" in faults[0].text and "65536 times" in faults[0].text
     line = {"narrow": "row * stride_x", "too late": "row[:, None] *", "narrowed": ".to(tl.int32)"}[offset]
-    assert line in faults[0].told
+    assert line in faults[0].text
 
 
-def test_rows_below_the_limit_or_masked_off_are_no_offsets():
+def test_offsets_below_the_limit_or_masked_off_are_no_faults():
     rows = WIDEST_OFFSET // 128
     assert faults_of(rows, 128, WIDEST_OFFSET, OFFSET="narrow") == ([], True)
     assert faults_of(rows - 4, 128, WIDEST_OFFSET, OFFSET="narrow") == ([], True)  # four rows of the last tile are idle
@@ -131,14 +131,14 @@ def _through(ids_ptr, x_ptr, out_ptr, n, stride, ROUTE: tl.constexpr, BLOCK: tl.
 KEPT, LOST = ("", "where", "reshaped", "halves"), ("remainder",)
 
 
-@pytest.mark.parametrize("route, told", [(r, True) for r in KEPT] + [(r, False) for r in LOST])
-def test_offsets_are_followed_through_operators(route, told):
+@pytest.mark.parametrize("route, followed", [(r, True) for r in KEPT] + [(r, False) for r in LOST])
+def test_offsets_are_followed_through_operators(route, followed):
     x, out = torch.randn(6 * 8192), torch.empty(6)
     tracing = Tracing()
     with sanitizer.guarding(tracing.trace, WIDEST_OFFSET) as faults, tracing:
         _through[(1,)](torch.arange(6, dtype=torch.int32), x, out, 6, 8192, ROUTE=route, BLOCK=8)
-    assert bool(faults) == told
-    if told:
+    assert bool(faults) == followed
+    if followed:
         assert torch.equal(out, x[::8192]) and "int32 offset of 40960 elements" in str(faults[0])
 
 
@@ -188,18 +188,18 @@ def test_a_case_passes_with_a_correct_kernel(text):
 
 
 @pytest.mark.parametrize(
-    "changes, text, told",
+    "changes, text, reason",
     [
         (dict(LAST=1), "t20-h72-i64-e4-k2-bf16-random", "reads 72 elements outside of hidden_states"),
         (dict(STORE=False), "t20-h72-i64-e4-k2-bf16-random", "outside of a workspace of its own: empty_like"),
         (dict(OFFSET="narrow"), "t264-h128-i64-e4-k2-bf16-exact-memory.offsets32", "at an int32 offset of"),
     ],
 )
-def test_a_case_fails_with_the_place_of_the_fault(changes, text, told):
+def test_a_case_fails_with_the_place_of_the_fault(changes, text, reason):
     found = verdict(Copies(**changes), text)
-    assert found.status == "failed" and told in found.reason and "_copy_rows, test_memory_kernels.py:" in found.reason
+    assert found.status == "failed" and reason in found.reason and "_copy_rows, test_sanitizer.py:" in found.reason
 
 
-def test_narrow_offsets_are_a_question_of_their_own():
+def test_only_their_own_scenario_checks_narrow_offsets():
     assert verdict(Copies(OFFSET="narrow"), "t264-h128-i64-e4-k2-bf16-exact").status == "passed"
     assert verdict(Emulated(), "t9-h64-i64-e4-k2-bf16-exact-memory.offsets32").status == "unsupported"
