@@ -1,7 +1,7 @@
-"""How many bits does the fp8 tensor core keep? Run on a GPU: python3 docs/fp8_accumulator.py
+"""Measure how many bits the fp8 tensor core keeps. Run on a GPU: python3 docs/fp8_accumulator.py
 
-One product of 1 and one of 2^-j in the same instruction: the largest j that still shows in the sum is the number of
-fraction bits kept below the largest product. The figure is what harness/device.py declares for this device.
+One instruction sums a product of 1 and a product of 2^-j. The largest j that changes the sum is the number of fraction
+bits that are kept below the largest product. harness/device.py declares this number for the device.
 """
 
 import torch

@@ -1,12 +1,13 @@
-"""What three optimizations of our own kernels gain on this GPU: PYTHONPATH=. python3 docs/gains.py
+"""Measure the gain of three optimizations of our own kernels on this GPU: PYTHONPATH=. python3 docs/gains.py
 
     the low-latency path            against the aligned path, on layers that take it
-    permutation scratch             against buffers allocated at every call
+    permutation scratch             against buffers that are allocated at every call
     the cached instance             against one that is built at every call
 
-Each pair is measured in turns, 30 times; a line gives both medians and the ratio's median with its 95 % interval
-(scipy's bootstrap over the 30 pairs). "device": events inside a replayed graph, cold L2, rotated inputs. "host": until
-the call returns. "eager": 50 calls in a row, launched from Python, divided by 50: what a model without graphs sees.
+Each pair is measured 30 times, in turns. A line gives both medians, and the median of the ratio with its 95 % interval
+(scipy's bootstrap over the 30 pairs). "device": events inside a replayed graph, cold L2, rotated inputs. "host": time
+until the call returns. "eager": the time of 50 calls in a row, launched from Python, divided by 50, as in a model
+without graphs.
 """
 
 import time
@@ -19,31 +20,31 @@ from scipy.stats import bootstrap
 from harness.device import Device, start
 from harness.perf.timing.clock import Clock, Stopwatch
 from harness.problem.case import Case
-from harness.run.case import run_case as judged
+from harness.run.case import run_case
 
 ROUNDS = 30
 
 
 class Eager:
-    """Calls in a row, as a Clock is asked for them."""
+    """Calls in a row, with the interface of a Clock."""
 
     def __init__(self, call):
         self.call = call
 
     def sample(self, metric, count):
-        found = []
+        times = []
         for _ in range(count):
             torch.cuda.synchronize()
             begun = time.perf_counter()
             for _ in range(50):
                 self.call()
             torch.cuda.synchronize()
-            found.append((time.perf_counter() - begun) / 50 * 1e6)
-        return found
+            times.append((time.perf_counter() - begun) / 50 * 1e6)
+        return times
 
 
 def compare(what, metric, slow, fast):
-    """One line: the median of both, and how much of the slow one's time the fast one saves."""
+    """Print one line: both medians, and the share of the slow one's time that the fast one saves."""
     pairs = np.array(
         [
             [one.sample(metric, 1)[0] for one in ((slow, fast) if n % 2 else (fast, slow))][:: 1 if n % 2 else -1]
@@ -66,9 +67,9 @@ def main():
     from kernels.triton.backend import TritonAlignedMoE, TritonMoE, TritonPermuteMoE
     from kernels.triton.permute import MoEPermuteScratch, moe_permute
 
-    def watch(case, backend):
-        verdict = judged(case, backend, device)
-        assert verdict.status == "passed", verdict.reason  # what is wrong has no speed
+    def stopwatch(case, backend):
+        verdict = run_case(case, backend, device)
+        assert verdict.status == "passed", verdict.reason  # a wrong kernel has no speed
         return Stopwatch(case, backend, device)
 
     def permuted(x, ids, scratch):
@@ -97,7 +98,7 @@ def main():
     for name, layer in layers.items():
         for tokens in (1, 2, 4):
             case = Case.parse(f"t{tokens}-{layer}-random")
-            pair = watch(case, TritonAlignedMoE()), watch(case, TritonMoE())
+            pair = stopwatch(case, TritonAlignedMoE()), stopwatch(case, TritonMoE())
             for metric in ("device_us", "host_us"):
                 compare(f"low-latency path: {name}, {tokens} tokens", metric, *pair)
     for tokens in (1, 4, 16, 64, 256, 1024, 4096):
@@ -111,10 +112,10 @@ def main():
         compare(f"permutation scratch: moe_permute, {tokens} tokens of Qwen3-30B-A3B", "eager_us", *map(Eager, calls))
     for tokens in (1, 16):
         case = Case.parse(f"t{tokens}-h2048-i768-e128-k8-bf16-random")
-        pair = watch(case, TritonPermuteMoE()), watch(case, WithScratch())
+        pair = stopwatch(case, TritonPermuteMoE()), stopwatch(case, WithScratch())
         compare(f"permutation scratch: the whole layer, {tokens} tokens", "host_us", *pair)
         case = Case.parse(f"t{tokens}-h2048-i768-e128-k8-bf16-kn-random")
-        pair = watch(case, BuiltEveryCall()), watch(case, TritonCachedMoE())
+        pair = stopwatch(case, BuiltEveryCall()), stopwatch(case, TritonCachedMoE())
         compare(f"cached instance: Qwen3-30B-A3B, {tokens} tokens", "host_us", *pair)
 
 

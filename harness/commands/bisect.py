@@ -1,4 +1,4 @@
-"""moe-harness bisect: the commit that changed a metric of a case."""
+"""`moe-harness bisect`: find the commit that made a metric of a case worse."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 from harness import device as devices
 from harness.base.errors import UserError
 from harness.base.processes import ROOT
+from harness.commands import parse_case
 from harness.device import DEVICES
 from harness.perf.bisect.log import Log
 from harness.perf.bisect.measure import WorkerPool
 from harness.perf.metrics import METRICS, TARGETS, TIMED
-from harness.problem.case import Case, DescriptorError
 
 
 def register(add: Callable[..., Any]) -> None:
-    """Declares the command's arguments."""
+    """Declare the command's arguments."""
     sub = add(bisect, "bisect", "The commit that made a metric of a case worse: exact, or by statistics for a time.")
     sub.add_argument("descriptor", help="such as t16-h256-i128-e8-k2-bf16-exact")
     sub.add_argument("--good", required=True, metavar="REF", help="a commit, tag or branch that is good")
@@ -34,7 +34,7 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument("--repo", type=Path, metavar="DIR", help="another repository than this harness's own")
     sub.add_argument("--build", metavar="COMMAND", help="shell command run once in every commit's worktree")
     sub.add_argument("--confidence", type=float, default=0.99, metavar="P", help="of a timed search's answer (0.99)")
-    sub.add_argument("--budget", type=int, metavar="N", help="measurements at most (exact: none; timed: 300 sittings)")
+    sub.add_argument("--budget", type=int, metavar="N", help="most measurements (exact: none; timed: 300 paired runs)")
     again = sub.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the log of an earlier search (the default)")
     again.add_argument("--restart", action="store_true", help="measure everything again, and write over the log")
@@ -42,52 +42,51 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def bisect(args: argparse.Namespace) -> int:
-    """0 found, 1 nothing to be found, 3 stopped by the budget before the answer was certain."""
+    """Exit code 0: found. 1: there is nothing to find. 3: the budget ended the search before the answer was certain."""
     _validate(args)
-    from harness.perf.bisect.measure import WorkerPool
     from harness.perf.versions.checkout import Checkouts, ended_by_sigterm
 
     with ended_by_sigterm(), Checkouts(args.repo or ROOT, build=args.build) as checkouts:
-        return carry_out(args, WorkerPool(checkouts, args.device))
+        return search(args, WorkerPool(checkouts, args.device))
 
 
-def carry_out(args: argparse.Namespace, bench: WorkerPool) -> int:
-    """The search, told as it goes, with workers that the caller ends."""
+def search(args: argparse.Namespace, pool: WorkerPool) -> int:
+    """Search with the workers of a pool, which the caller ends. Prints progress and the result."""
     from harness.perf.bisect.bisect import Refused, bisect, choose_metric
     from harness.perf.bisect.history import History
-    from harness.perf.bisect.log import Log, default_path
+    from harness.perf.bisect.log import default_path
     from harness.perf.bisect.measure import Measurements, MetricRequest
-    from harness.perf.bisect.report import Command, told
+    from harness.perf.bisect.report import Command, result_lines
 
-    resolve = bench.checkouts.resolve
-    history = History(bench.checkouts, resolve(args.good), resolve(args.bad))
+    resolve = pool.checkouts.resolve
+    history = History(pool.checkouts, resolve(args.good), resolve(args.bad))
     what = {"good": history.good, "bad": history.bad, "case": args.descriptor, "backend": args.backend}
     what |= {"metric": args.metric, "device": args.device, "target": args.target, "build": args.build} | _versions()
     with Log(args.log or default_path(history.common_directory, what), what, args.restart) as log:
-        _greet(log)
-        # Until a metric is chosen, any structural one stands for the structure that is measured to choose it.
+        _say_resumed(log)
+        # To choose a metric, the structure is measured. Any structural metric requests it.
         metric = METRICS[args.metric or "launches"]
-        gauge = Measurements(
-            MetricRequest(args.descriptor, args.backend, args.device, metric, args.target), bench, log, history.good
+        measurements = Measurements(
+            MetricRequest(args.descriptor, args.backend, args.device, metric, args.target), pool, log, history.good
         )
         try:
             if args.metric is None:
-                metric = choose_metric(gauge, history.good, history.bad, _say)
-                gauge.question = replace(gauge.question, metric=metric)
-            outcome = bisect(gauge, history, confidence=args.confidence, budget=args.budget, say=_say)
+                metric = choose_metric(measurements, history.good, history.bad, _say)
+                measurements.request = replace(measurements.request, metric=metric)
+            result = bisect(measurements, history, confidence=args.confidence, budget=args.budget, say=_say)
         except Refused as reason:
-            more = Command(gauge.question, args.repo, args.build).more(reason, history)
+            more = Command(measurements.request, args.repo, args.build).more(reason, history)
             print(f"refused: {reason}", "", *more, sep="\n")
             return 3 if reason.stopped else 1
-        print("", *told(outcome, history, Command(gauge.question, args.repo, args.build)), sep="\n")
-    return 0 if outcome.certain else 3
+        print("", *result_lines(result, history, Command(measurements.request, args.repo, args.build)), sep="\n")
+    return 0 if result.certain else 3
 
 
 def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _greet(log: Log) -> None:
+def _say_resumed(log: Log) -> None:
     if log.resumed:
         cut = f" ({log.cut} cut off)" if log.cut else ""
         _say(f"going on with {log.resumed} measurements of {log.path}{cut}; --restart measures everything again")
@@ -96,10 +95,7 @@ def _greet(log: Log) -> None:
 def _validate(args: argparse.Namespace) -> None:
     from harness.perf.bisect.search import LEAST_BUDGET
 
-    try:
-        Case.parse(args.descriptor)
-    except DescriptorError as error:
-        raise UserError(f"{error}; those in use: python3 -m harness list --why") from error
+    parse_case(args.descriptor)
     if not 0.5 < args.confidence < 1:
         raise UserError(f"--confidence {args.confidence}: above 0.5 and below 1")
     if args.budget is not None and args.budget < 2:
@@ -113,11 +109,11 @@ def _validate(args: argparse.Namespace) -> None:
 
 
 def _versions() -> dict[str, str | None]:
-    """What counts depend on besides the commit: a log made with other versions is another search's."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """The versions that counts depend on. A log made with other versions belongs to another search."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "triton"):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            versions[package] = None
+    return versions

@@ -1,4 +1,4 @@
-"""moe-harness compare: two versions of the kernels, side by side on one device."""
+"""`moe-harness compare`: compare two versions of the kernels, side by side on one device."""
 
 from __future__ import annotations
 
@@ -7,43 +7,46 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from harness import device as devices
+from harness.base.arguments import positionals_after_options
 from harness.base.errors import UserError
 from harness.base.processes import ROOT
-from harness.commands.structure import BASELINE
+from harness.commands import parse_case
 from harness.device import DEVICES
-from harness.perf.compare.compare import Question
-from harness.perf.compare.report import markdown, summed_up, table
+from harness.perf.compare import compare
+from harness.perf.compare.compare import ComparisonRequest
+from harness.perf.compare.report import markdown_lines, table_lines, total_lines
+from harness.perf.count.baseline_file import BASELINE, read
 from harness.perf.metrics import METRICS, STRUCTURE
-from harness.perf.versions.checkout import Checkouts
-from harness.problem.case import Case, DescriptorError
+from harness.perf.versions.checkout import CannotBuild, Checkouts, ended_by_sigterm, short
 
 BUDGET, THRESHOLD = 900.0, 1.0
-ON_CPU = "torch-grouped-mm"  #: the backend that is timed there: others need the interpreter
+ON_CPU = "torch-grouped-mm"  #: the backend that is timed on a CPU: other backends need the interpreter
 ON_GPU = "triton"
 EPILOG = """\
 BASE and HEAD are commits, tags, branches, or the word "worktree" for the working tree with its uncommitted changes
-(what git ignores is left out). Each runs in processes of its own, on one device, measured by one copy of this
-installation's code. A case that is not correct on both sides has no speed.
+(without the files that git ignores). Each runs in processes of its own, on one device, measured by one copy of this
+installation's code. A case is timed only if it is correct on both sides.
 
-Counted metrics are exact: any that is worse is a regression. Timed ones are sampled until a case is regressed,
-improved, same (the interval lies within the threshold) or the budget is spent: undecided. A regression is significant
-with a false discovery rate of 0.5 % over all cases and looks, and larger than both --threshold and the noise floor,
-which is what BASE shows against itself in the same run.
+Counted metrics are exact: any that is worse is a regression. Timed metrics are sampled until a case is regressed,
+improved or same (the interval lies within the threshold), or until the budget is spent: undecided. A regression is
+significant with a false discovery rate of 0.5 % over all cases and looks, and larger than both --threshold and the
+noise floor. The noise floor is the change of BASE against itself in the same run.
 
 exit codes:
   0  every case is the same, or improved
-  1  something regressed: slower, counted worse, incorrect at HEAD only, or gone at HEAD
+  1  a case regressed: slower, counted worse, incorrect at HEAD only, or missing at HEAD
   2  the arguments are wrong, or BASE cannot be built
-  3  nothing regressed, but something stayed undecided, is incorrect on both sides, or nothing could be compared
+  3  no case regressed, but one is undecided or incorrect on both sides, or none could be compared
 """
 
 
 def register(add: Callable[..., Any]) -> None:
-    """Declares the command's arguments."""
+    """Declare the command's arguments."""
     sub = add(command, "compare", "Is HEAD slower than BASE, or otherwise worse? Two commits, measured side by side.")
     sub.formatter_class, sub.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
     sub.add_argument("base", metavar="BASE", help="the older version")
@@ -58,7 +61,7 @@ def register(add: Callable[..., Any]) -> None:
     )  # fmt: skip
     sub.add_argument(
         "--budget", type=float, default=BUDGET, metavar="SECONDS",
-        help=f"no further samples after this time, those of the first look apart ({BUDGET:g})",
+        help=f"no further samples after this time, except those of the first look ({BUDGET:g})",
     )  # fmt: skip
     sub.add_argument(
         "--threshold", type=float, default=THRESHOLD, metavar="PERCENT", help=f"changes that count ({THRESHOLD:g})"
@@ -66,37 +69,22 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument("--markdown", type=Path, metavar="PATH", help="append the table there, for a job's summary")
     sub.add_argument("--json", type=Path, metavar="PATH", help="write everything there")
     sub.add_argument("--build", metavar="CMD", help="a shell command, run once in each version's directory")
-    _take_cases_after_options(sub)
-
-
-def _take_cases_after_options(sub: argparse.ArgumentParser) -> None:
-    """`BASE HEAD --backend SPEC DESCRIPTOR`: argparse takes DESCRIPTOR to be the nothing that followed HEAD."""
-    whole = sub.parse_known_args
-
-    def parse_known_args(words: Any = None, namespace: Any = None) -> Any:
-        found, strange = whole(words, namespace)
-        found.descriptor += [word for word in strange if not word.startswith("-")]
-        return found, [word for word in strange if word.startswith("-")]
-
-    sub.parse_known_args = parse_known_args  # type: ignore[assignment]
+    positionals_after_options(sub, "descriptor")
 
 
 def command(args: argparse.Namespace) -> int:
-    """Returns the exit code."""
-    from harness.perf.compare import compare
-    from harness.perf.versions.checkout import CannotBuild, Checkouts, ended_by_sigterm, short
-
+    """Compare two versions, and return the exit code (EPILOG)."""
     if args.device != "xpu" and args.device not in devices.present():
         raise UserError(f"--device {args.device}: {devices.why_absent(args.device)}")
     if args.budget < 0 or args.threshold <= 0:
         name, value = ("budget", args.budget) if args.budget < 0 else ("threshold", args.threshold)
         raise UserError(f"--{name} {value:g}: must be {'0 or more' if name == 'budget' else 'above 0'}")
-    asked = questions(args)
+    wanted = requests(args)
     begun, started = time.time(), time.monotonic()
     with ended_by_sigterm(), Checkouts(args.repo or ROOT, args.build) as checkouts:
         base, head = checkouts.resolve(args.base), checkouts.resolve(args.head)
         title = f"{args.base} ({short(base)}) against {args.head} ({short(head)}) on {args.device}"
-        title += _alike(checkouts, base, head, "" if args.repo else "kernels")
+        title += _same_files(checkouts, base, head, "" if args.repo else "kernels")
         for commit in (base, head):
             try:
                 checkouts.at(commit)
@@ -106,13 +94,13 @@ def command(args: argparse.Namespace) -> int:
                 print(f"moe-harness: HEAD {error}\nregressed: HEAD cannot be built", file=sys.stderr)
                 return 1
         older, newer = (compare.Side(checkouts, commit, args.device) for commit in (base, head))
-        rows = compare.compare(older, newer, asked, args.budget, args.threshold / 100, _progress)
+        rows = compare.compare(older, newer, wanted, args.budget, args.threshold / 100, _progress)
         _progress("")
         environment = newer.environment
-    closing = summed_up(rows, time.monotonic() - started)
-    print("\n".join([title, "", *table(rows), "", *closing]))
+    totals = total_lines(rows, time.monotonic() - started)
+    print("\n".join([title, "", *table_lines(rows), "", *totals]))
     if args.markdown:
-        _write(args.markdown, "a", "\n".join([f"### {title}", "", *markdown(rows), "", *closing, ""]) + "\n")
+        _write(args.markdown, "a", "\n".join([f"### {title}", "", *markdown_lines(rows), "", *totals, ""]) + "\n")
     if args.json:
         record = {
             "base": base, "head": head, "device": args.device, "environment": environment, "time": begun,
@@ -122,44 +110,37 @@ def command(args: argparse.Namespace) -> int:
     return compare.exit_code(rows)
 
 
-def questions(args: argparse.Namespace) -> list[Question]:
-    """What is asked: every case on every backend, or the default set of the device."""
-    from harness.perf.compare.compare import Question
-
+def requests(args: argparse.Namespace) -> list[ComparisonRequest]:
+    """A request for every case on every backend, or the default set of the device."""
     if args.repo and not args.backend:
         raise UserError("--repo without --backend: name yours, --backend package.module:object")
     metrics = tuple(args.metric or (*STRUCTURE, "device_us"))
     if not args.descriptor and not args.backend and args.device != "cuda":
-        from harness.perf.count.baseline_file import read
-
         counted = tuple(name for name in metrics if METRICS[name].source != "time")
         timed = tuple(name for name in metrics if METRICS[name].source == "time")
-        found = [Question(b.descriptor, b.backend, counted) for b in read(BASELINE).blocks] if counted else []
-        return found + ([Question(case, ON_CPU, timed) for case in _timed("cpu")] if timed else [])
-    try:
-        cases = [str(Case.parse(text)) for text in args.descriptor] or _timed(args.device)
-    except DescriptorError as error:
-        raise UserError(f"{error}; those in use: python3 -m harness list --why") from error
+        blocks = read(BASELINE).blocks if counted else []
+        exact = [ComparisonRequest(block.descriptor, block.backend, counted) for block in blocks]
+        return exact + [ComparisonRequest(case, ON_CPU, timed) for case in (_timed("cpu") if timed else [])]
+    cases = [str(parse_case(text)) for text in args.descriptor] or _timed(args.device)
     backends = args.backend or [ON_CPU if args.device == "cpu" else ON_GPU]
-    return [Question(case, backend, metrics) for case in dict.fromkeys(cases) for backend in dict.fromkeys(backends)]
+    pairs = product(dict.fromkeys(cases), dict.fromkeys(backends))
+    return [ComparisonRequest(case, backend, metrics) for case, backend in pairs]
 
 
-def _alike(checkouts: Checkouts, base: str, head: str, folder: str) -> str:
-    """What to say if there is no difference to be found; "" if there may be."""
-    from harness.perf.compare.compare import identical
-
-    if not identical(checkouts, base, head, folder):
+def _same_files(checkouts: Checkouts, base: str, head: str, folder: str) -> str:
+    """The remark for two versions with the same files; "" for others."""
+    if not compare.identical(checkouts, base, head, folder):
         return ""
-    return f"; {f'{folder}/ is' if folder else 'all files are'} the same in both, so what differs is noise"
+    return f"; {f'{folder}/ is' if folder else 'all files are'} the same in both, so any difference is noise"
 
 
 def _timed(device: str) -> list[str]:
-    """The cases that are timed on this device."""
+    """The cases that are timed on this device. The exact ones take as long as those with random weights."""
     from harness.problem import families
 
     module = next(m for m in families.families() if m.FAMILY == families.TIMED)
     cases = [row.case for row in families.rows(module, devices.Device(device, emulated=device == "xpu").on_cpu)]
-    return [str(case) for case in cases if case.fill == "random"]  # an exact one takes as long, or the judge longer
+    return [str(case) for case in cases if case.fill == "random"]
 
 
 def _progress(line: str) -> None:

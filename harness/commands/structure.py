@@ -1,4 +1,4 @@
-"""moe-harness structure: what a call does, in exact numbers, against the baseline in the repository."""
+"""`moe-harness structure`: count what one call does, and compare the counts with the baseline in the repository."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from harness.base.errors import UserError
-from harness.base.processes import ROOT
 from harness.device import DEVICES, ready
-from harness.perf.metrics import METRICS, TARGETS
+from harness.perf.count.baseline_file import BASELINE, Baseline, read, render
+from harness.perf.metrics import TARGETS
 
-BASELINE = ROOT / "cases" / "structure.toml"
 ACCEPT = "python3 -m harness structure --accept"
 
 
 def register(add: Callable[..., Any]) -> None:
-    """Declares the command's arguments."""
+    """Declare the command's arguments."""
     sub = add(structure, "structure", "Launches, allocations, copies, machine code: exact, against the baseline.")
-    sub.add_argument("descriptor", nargs="?", help="only this case, shown whole, without the baseline")
+    sub.add_argument("descriptor", nargs="?", help="only this case, with all its numbers, without the baseline")
     sub.add_argument("--backend", metavar="SPEC", help="its backend: a name, or package.module:object")
     sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu; the baseline is the cpu's)")
     sub.add_argument("--target", action="append", metavar="TARGET", help=f"compile for it ({', '.join(TARGETS)})")
     sub.add_argument(
-        "--no-compile", action="store_true", help="leave machine code out: half a minute instead of minutes"
+        "--no-compile", action="store_true", help="leave out machine code: half a minute instead of minutes"
     )
-    sub.add_argument("--accept", action="store_true", help="write the baseline anew, and say what changed")
+    sub.add_argument("--accept", action="store_true", help="rewrite the baseline, and print the changes")
     sub.add_argument(
         "--baseline", type=Path, default=BASELINE, metavar="FILE", help="another file than the repository's"
     )
@@ -36,6 +35,7 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def structure(args: argparse.Namespace) -> int:
+    """Show one case, or compare all cases of the baseline. Exit code 1: a change, or a case that is not measured."""
     if args.descriptor is None:
         return _check(args)
     if args.backend is None:
@@ -48,7 +48,7 @@ def structure(args: argparse.Namespace) -> int:
 # -- the baseline -----------------------------------------------------------------------------------------------------
 def _check(args: argparse.Namespace) -> int:
     from harness.perf.count import baseline
-    from harness.perf.count.baseline_file import read
+    from harness.perf.count.report import check_lines
 
     if args.device != "cpu" or args.backend or args.target:
         option = "--backend" if args.backend else "--target" if args.target else f"--device {args.device}"
@@ -62,45 +62,31 @@ def _check(args: argparse.Namespace) -> int:
         if sys.stderr.isatty() and not args.json:
             print(f"\r\033[K{line[:100]}", end="", file=sys.stderr, flush=True)
 
-    found = baseline.compare(old, device, compiling=not args.no_compile, accepting=args.accept, progress=progress)
+    check = baseline.check(old, device, compiling=not args.no_compile, accepting=args.accept, progress=progress)
     progress("")
     if args.json:
-        told = {"changed": found.changes, "not_compared": found.not_compared, "compared": found.compared}
-        print(json.dumps(told | {"kernels": found.kernels}))
+        record = {"changed": check.changes, "not_compared": check.not_compared, "compared": check.compared}
+        print(json.dumps(record | {"kernels": check.kernels}))
     else:
-        print("\n".join(_told(found)))
+        print("\n".join(check_lines(check)))
     if args.accept:
-        return _accept(args, old, found)
-    if not args.json and found.changes:
+        return _accept(args, old, check.fresh)
+    if not args.json and check.changes:
         print(f"\nIf that is meant: {ACCEPT}")
-    return 1 if found.changes or not found.compared else 0
+    return 1 if check.changes or not check.compared else 0
 
 
-def _told(found: Any) -> list[str]:
-    lines = [f"not compared: {what}" for what in found.not_compared]
-    for key, changes in found.changes.items():
-        lines += ["", key, *(f"  {change}" for change in changes)]
-    if lines and found.changes:
-        lines.append("")
-    if not found.compared and not found.changes:
-        lines.append("nothing could be compared")
-    changed = len(found.changes)
-    kernels = f", {found.kernels} compiled kernels" if found.kernels else ""
-    return [*lines, f"{found.compared} cases{kernels}: {f'{changed} changed' if changed else 'nothing changed'}"]
-
-
-def _accept(args: argparse.Namespace, old: Any, found: Any) -> int:
+def _accept(args: argparse.Namespace, old: Baseline, fresh: Baseline) -> int:
     from harness.perf.count import baseline
-    from harness.perf.count.baseline_file import render
 
-    missing = [block.key for block in found.fresh.blocks if block.record is None]
+    missing = [block.key for block in fresh.blocks if block.record is None]
     if missing:
         raise UserError(
             f"--accept: {len(missing)} cases have no numbers here, so nothing is written: {', '.join(missing)}"
         )
-    if render(old) == render(found.fresh):
+    if render(old) == render(fresh):
         return 0
-    baseline.write(args.baseline, found.fresh)
+    baseline.write(args.baseline, fresh)
     if not args.json:
         print(f"\naccepted: {args.baseline}")
     return 0
@@ -110,6 +96,7 @@ def _accept(args: argparse.Namespace, old: Any, found: Any) -> int:
 def _show(args: argparse.Namespace) -> int:
     from harness import backend as backends
     from harness.perf.count.compiled import gpu
+    from harness.perf.count.report import counts_lines
     from harness.perf.count.structure import NotCorrect, NotMeasured, compile_for, measure
     from harness.problem.case import Case
 
@@ -122,38 +109,15 @@ def _show(args: argparse.Namespace) -> int:
             raise UserError(f"--{error}") from error
     device = ready(args.device)
     try:
-        found = measure(case, backends.load(args.backend), device)
+        counts = measure(case, backends.load(args.backend), device)
     except (NotCorrect, NotMeasured) as error:
         print(f"moe-harness: not measured: {error}", file=sys.stderr)
         return 1
     if not args.no_compile:
-        found = compile_for(found, targets)
+        counts = compile_for(counts, targets)
     if args.json:
-        print(json.dumps({"case": str(case), "backend": args.backend, "device": str(device)} | found.record()))
+        print(json.dumps({"case": str(case), "backend": args.backend, "device": str(device)} | counts.record()))
         return 0
     print(f"{case} @ {args.backend} on {device}" + ("" if args.device == "cpu" else " (the baseline is the cpu's)"))
-    print("\n".join(_whole(found)))
+    print("\n".join(counts_lines(counts)))
     return 0
-
-
-def _whole(found: Any) -> list[str]:
-    lines = [f"  {name:16} {value:>8}  {METRICS[name].counts}" for name, value in found.metrics.items()]
-    for title, values in (
-        ("launched", found.kernels),
-        ("allocated", found.allocations),
-        ("waits", [f"{n} {what}" for what, n in found.waits.items()]),
-        ("copies", [f"{n} {what}" for what, n in found.copies.items()]),
-        ("operators", [f"{n:4} {what}" for what, n in found.operators.items()]),
-        ("Python functions", [f"{n:4} {what}" for what, n in found.functions.items()]),
-    ):
-        lines += ["", title, *(f"  {value}" for value in values)] if values else []
-    for kernel, targets in found.compiled.items():
-        lines += ["", kernel]
-        for target, numbers in targets.items():
-            parts = ", ".join(f"{k} {_short(v)}" for k, v in numbers.items())
-            lines.append(f"  {target:8} {parts}")
-    return lines
-
-
-def _short(value: Any) -> str:
-    return " ".join(f"{k}:{v}" for k, v in value.items()) or "none" if isinstance(value, dict) else str(value)

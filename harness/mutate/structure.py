@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from harness import backend as backends
-from harness.base.processes import ROOT
 from harness.device import Device
+from harness.perf.count.baseline_file import BASELINE, read
 from harness.perf.count.differences import differences
 from harness.perf.count.structure import NotCorrect, NotMeasured, measure
 from harness.problem.case import Case
 
-BASELINE = ROOT / "cases" / "structure.toml"
 FAMILY = "structure"
-Counts = dict[tuple[str, str], Any]  #: from (descriptor, backend) to Structure.record(), or None
+Counts = dict[tuple[str, str], Any]  #: from (descriptor, backend) to CallCounts.record(), or None
 
 
 def cases(specs: tuple[str, ...], words: tuple[str, ...] = ()) -> list[tuple[str, str]]:
@@ -25,14 +24,12 @@ def cases(specs: tuple[str, ...], words: tuple[str, ...] = ()) -> list[tuple[str
 
     Those that match most of the words come first; among equals the order is the file's.
     """
-    from harness.perf.count.baseline_file import read
-
     pairs = [(block.descriptor, block.backend) for block in read(BASELINE).blocks if block.backend in specs]
     return sorted(pairs, key=lambda pair: -len({*pair[0].split("-"), pair[1]} & set(words)))
 
 
 def count(descriptor: str, spec: str, device: Device) -> dict[str, Any] | None:
-    """Return Structure.record() of one call of one case; None if the call cannot be counted."""
+    """Return CallCounts.record() of one call of one case; None if the call cannot be counted."""
     try:
         return measure(Case.parse(descriptor), backends.load(spec), device).record()
     except NotMeasured:

@@ -1,1 +1,1 @@
-"""Speed: what a call does, counted exactly; what it takes; and which commit is to blame."""
+"""Speed: exact counts of a call, its times, and the commit that changed them. metrics.py lists all metrics."""

@@ -1,6 +1,6 @@
-"""The metrics by which two versions of a kernel are compared: what each counts, and whether it is exact.
+"""The metrics of a kernel's speed: what each counts, and whether it is exact.
 
-An exact metric is the same number every time, on any machine: one look decides. A timed one is noisy.
+An exact metric is the same number every time, on any machine: one measurement decides. A timed metric is noisy.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """One number about one call of a prepared backend (steady state: a call before it was not counted)."""
+    """One number about one call of a prepared backend, in the steady state: after a call that is not counted."""
 
     name: str
     unit: str
-    counts: str  #: what it is, for help texts
+    counts: str  #: a description, for help texts
     source: str  #: "structure" (one call, traced), "compiled" (ahead of time, for a target), "time", "verdict"
     higher_is_worse: bool = True
 
     @property
     def exact(self) -> bool:
+        """Whether one measurement decides."""
         return self.source != "time"
 
 
@@ -47,5 +48,5 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 STRUCTURE = tuple(m.name for m in _ALL if m.source == "structure")
 COMPILED = tuple(m.name for m in _ALL if m.source == "compiled")
 TIMED = tuple(m.name for m in _ALL if m.source == "time")
-#: The targets that kernels are compiled for ahead of time, where none is named.
+#: The default targets for which kernels are compiled ahead of time.
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

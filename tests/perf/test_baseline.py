@@ -9,13 +9,12 @@ import pytest
 
 from harness import cli
 from harness.base.processes import environment
-from harness.commands.structure import BASELINE
 from harness.device import Device
 from harness.perf.count import baseline
-from harness.perf.count.baseline_file import Baseline, BaselineError, Block, parse, read, render
+from harness.perf.count.baseline_file import BASELINE, Baseline, BaselineError, Block, parse, read, render
 from harness.perf.metrics import STRUCTURE, TARGETS
 from harness.problem.case import Case
-from tests import interpreted  # noqa: F401  skips where kernels are not interpreted
+from tests.support import interpreted  # noqa: F401  skips where kernels are not interpreted
 from tests.support.emulated import Emulated
 from tests.support.tiny_kernels import copy_kernel
 

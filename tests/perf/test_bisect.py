@@ -1,13 +1,17 @@
 """moe-harness bisect over small histories: real git, made-up workers (tests/support/small_history.py), no clock."""
 
+import os
+import random
 import re
 import shutil
+import subprocess
 
 import pytest
 
 from harness import cli
 from harness.base.errors import UserError
 from harness.commands import bisect
+from harness.perf.bisect.history import BAD, GOOD, SKIP, STOP, Culprits, History
 from harness.perf.bisect.log import Log
 from harness.perf.bisect.measure import PAIRS, WorkerPool
 from tests.support.demo_repository import git
@@ -37,7 +41,7 @@ def ask(tmp_path, capsys):
         names, fake = asked.names, fake or FakeCheckouts(asked.repository)
         line = ["bisect", CASE, "--backend", "mine:Mine", "--good", names[good], "--bad", names[bad], *options]
         args = cli._parser().parse_args([*line, *(["--metric", metric] if metric else [])])
-        code = bisect.carry_out(args, WorkerPool(fake, "cpu"))
+        code = bisect.search(args, WorkerPool(fake, "cpu"))
         return code, capsys.readouterr().out, names, fake
 
     asked.repository, asked.names = tmp_path / "repository", []
@@ -136,8 +140,14 @@ def test_correctness_is_bisected_by_the_verdict_and_a_dead_process_is_not_correc
 
 
 def test_a_module_that_is_imported_late_and_is_no_python_says_nothing_about_correctness(ask):
-    no_python = {"status": "crashed", "reason": "SyntaxError: invalid syntax (gemm.py, line 3)"}
-    states = steps(8, 6, {}, {"status": "crashed", "reason": "RuntimeError: no"}, _3=no_python)
+    no_python = {
+        "status": "crashed",
+        "reason": "SyntaxError: invalid syntax (gemm.py, line 3)",
+        "error_type": "SyntaxError",
+    }
+    states = steps(
+        8, 6, {}, {"status": "crashed", "reason": "RuntimeError: no", "error_type": "RuntimeError"}, _3=no_python
+    )
     code, out, names, _ = ask(states, metric="correct")
     assert code == 0 and f"found: {names[6][:10]}" in out
     assert f"{names[3][:10]} skipped  commit 3: import: SyntaxError: invalid syntax (gemm.py, line 3)" in out
@@ -150,6 +160,63 @@ def test_the_budget_ends_an_exact_search(ask):
     assert "confidence   none" in out
     code, out, names, _ = ask(None, "--budget", "40")  # goes on
     assert code == 0 and f"found: {names[11][:10]}" in out and "going on with" in out
+
+
+# -- the bisection, against git's own ---------------------------------------------------------------------------------
+#: 0 - 1 - 2 ----- 5 - 6 - 9 - 10 - 11    5 merges 4 (of 1 - 3 - 4), 9 merges 8 (of 2 - 7 - 8)
+MERGED = [{}, {}, {}, {"parent": 1}, {}, {"parent": 2}, {}, {"parent": 2}, {}, {"parent": 6}, {}, {}]
+STEP = """
+commit=$(git rev-parse BISECT_HEAD)
+case "$SKIPPED" in *$commit*) exit 125;; esac
+git merge-base --is-ancestor $CULPRIT $commit && exit 1
+exit 0
+"""
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """(repository, names of its commits)"""
+    repository = tmp_path_factory.mktemp("merged")
+    return repository, make(repository, MERGED, {5: 4, 9: 8})
+
+
+def bisected_by_git(repository, names, culprit, skipped):
+    """The commits that `git bisect run` names, in any order."""
+    git(repository, "bisect", "start", "--no-checkout", names[-1], names[0])
+    variables = {"CULPRIT": culprit, "SKIPPED": " ".join(skipped), "PATH": os.environ["PATH"], "LC_ALL": "C"}
+    subprocess.run(["git", "bisect", "run", "sh", "-c", STEP], cwd=repository, env=variables, capture_output=True)
+    found = re.findall(r"^# (?:possible )?first bad commit: \[(\w+)\]", git(repository, "bisect", "log"), re.MULTILINE)
+    git(repository, "bisect", "reset")
+    return set(found)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_commits_named_are_those_of_git_bisect(merged, seed):
+    repository, names = merged
+    rng = random.Random(seed)
+    culprit, skipped = rng.choice(names[1:]), rng.sample(names[1:-1], rng.choice([0, 2, 5]))
+    history = History(FakeCheckouts(repository), names[0], names[-1])
+    judged = []
+
+    def judge(commit):
+        judged.append(commit)
+        if commit in skipped:
+            return SKIP
+        return BAD if history._is_ancestor(culprit, commit) else GOOD
+
+    result = history.bisect(judge)
+    assert result.complete and culprit in result.commits and len(judged) == len(set(judged))
+    assert set(result.commits) == bisected_by_git(repository, names, culprit, skipped)
+    assert sorted(result.commits, key=names.index) == result.commits  # oldest first
+
+
+def test_a_bisection_that_is_stopped_names_the_candidates(merged):
+    repository, names = merged
+    history, answers = History(FakeCheckouts(repository), names[0], names[-1]), iter([GOOD, SKIP, STOP])
+    judged = []
+    result = history.bisect(lambda commit: judged.append(commit) or next(answers))
+    good = set(git(repository, "rev-list", judged[0]).split())
+    assert result == Culprits([name for name in names if name not in good], complete=False)
 
 
 # -- which metric -----------------------------------------------------------------------------------------------------
@@ -182,9 +249,9 @@ def test_a_slow_down_is_found_among_noisy_times(ask):
     assert 99 <= float(answer.splitlines()[2].split()[1].rstrip("%"))
     assert "trace        _align is launched, and was not before" in answer
     timed = [commit for commit, question in fake.asked if question == "time"]
-    sittings = len(timed) / 2 / PAIRS
+    paired_runs = len(timed) / 2 / PAIRS
     started = sum(fake.started.count(commit) for commit in set(timed))
-    assert 2 * sittings <= started <= 2 * sittings + 2  # no two sittings share a process; two for the trace
+    assert 2 * paired_runs <= started <= 2 * paired_runs + 2  # no two paired runs share a process; two for the trace
     pairs = list(zip(timed[::2], timed[1::2]))
     assert pairs.count((names[23], names[0])) == pairs.count((names[0], names[23])) > 3  # the order alternates
     again = FakeCheckouts(fake.repo)
@@ -237,7 +304,7 @@ def test_ends_that_do_not_differ_for_the_worse_are_refused(ask, old, new, metric
 
 def test_a_refusal_of_a_timed_search_says_what_would_have_been_found(ask):
     out = ask(steps(5, 3, {"us": 100}, {"us": 100}), metric="device_us")[1]
-    assert " sittings; a change of " in out and "with a probability of 80%" in out
+    assert " paired runs; a change of " in out and "with a probability of 80%" in out
 
 
 def test_an_end_that_is_not_correct_leads_to_a_search_for_that(ask):
@@ -291,10 +358,10 @@ def test_a_search_that_was_interrupted_goes_on_where_it_was(ask, tmp_path, metri
     assert "going on with " in out and "(1 cut off)" in out
     if metric == "launches":
         assert len(second.asked) + after == len(whole[3].asked)
-    else:  # the sitting that was interrupted was lost
-        sittings = sum('"sitting"' in line for line in log.read_text().splitlines())
+    else:  # the paired run that was interrupted is lost
+        paired_runs = sum('"paired_run"' in line for line in log.read_text().splitlines())
         kept = after // (2 * PAIRS)
-        assert 2 * PAIRS * (sittings - kept) == sum(question == "time" for _, question in second.asked)
+        assert 2 * PAIRS * (paired_runs - kept) == sum(question == "time" for _, question in second.asked)
 
 
 def test_restart_measures_everything_again(ask):

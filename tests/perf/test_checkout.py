@@ -143,7 +143,7 @@ def test_nothing_stays_behind(repo):
     with pytest.raises(KeyboardInterrupt), Checkouts(repo) as checkouts:
         place = checkouts.temporary
         assert (checkouts.at(checkouts.resolve("first")) / "own" / "moe.py").read_text() == MOE
-        assert (checkouts.frozen / "harness" / "check.py").is_file() and not (checkouts.frozen / "kernels").exists()
+        assert (checkouts.frozen / "harness" / "backend.py").is_file() and not (checkouts.frozen / "kernels").exists()
         assert len(worktrees(repo)) == 2
         raise KeyboardInterrupt
     assert not place.exists() and len(worktrees(repo)) == 1
@@ -279,7 +279,7 @@ def test_few_stopwatches_are_kept(monkeypatch, tmp_path):
             return [1.0] * count
 
     monkeypatch.setattr(clock, "Stopwatch", Stopwatch)
-    desk = worker.Desk(Device("cpu"), tmp_path)
+    desk = worker.Server(Device("cpu"), tmp_path)
     monkeypatch.setattr(desk, "_backend", lambda spec: SimpleNamespace(name=spec))
     monkeypatch.setattr(desk, "_verdict", lambda case, spec: Verdict(case, spec, "cpu", "passed"))
 

@@ -10,17 +10,18 @@ import pytest
 from harness import cli
 from harness.commands import compare as command
 from harness.perf.compare import compare, statistics
-from harness.perf.compare.compare import Comparison, Question, Trial
-from harness.perf.compare.report import markdown, summed_up, table
+from harness.perf.compare.compare import Comparison, ComparisonRequest, Trial
+from harness.perf.compare.report import markdown_lines, table_lines, total_lines
 from harness.perf.versions.checkout import Checkouts, WorkerError
+from harness.results.verdict import CORRECT
 from tests.perf.test_checkout import CASE, MOE, commit, git, repository
 
 COUNTS = {"launches": 4, "allocations": 3, "tensor_core": 8}
-ASKED = Question(CASE, "mine", ("correct", "launches", "allocations"))
+REQUEST = ComparisonRequest(CASE, "mine", ("correct", "launches", "allocations"))
 
 
 class Version:
-    """A side that is made up: what it answers to each question, an error to raise or a function of the request."""
+    """A side that is made up: its answer to each request: a value, an error to raise, or a function of the fields."""
 
     def __init__(self, **answers):
         self.answers, self.processes = answers, 0
@@ -34,8 +35,8 @@ class Version:
     def close(self):
         pass
 
-    def ask(self, question, **fields):
-        answer = self.answers[question]
+    def ask(self, request, **fields):
+        answer = self.answers[request]
         answer = answer(fields) if callable(answer) else answer
         if isinstance(answer, WorkerError):
             raise answer
@@ -50,7 +51,7 @@ def version(status="passed", reason="", **counts):
 
 # -- what is exact ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "base, head, verdict, code",
+    "base, head, outcome, code",
     [
         ("passed", "passed", "same", 0),
         ("passed", "mistrusted", "same", 0),
@@ -65,42 +66,43 @@ def version(status="passed", reason="", **counts):
         ("failed", "crashed", "not compared", 3),
     ],
 )
-def test_correctness_comes_first(base, head, verdict, code):
-    rows = compare.exact(version(base, "why base"), version(head, "why head"), Question(CASE, "mine", ("correct",)))
-    assert [(r.metric, r.verdict, r.base, r.head) for r in rows] == [("correct", verdict, base, head)]
-    good = compare.GOOD
-    told = [f"{s} at {at}: why {at.lower()}" for s, at in ((base, "BASE"), (head, "HEAD")) if s not in good]
-    assert rows[0].remarks == told
+def test_correctness_comes_first(base, head, outcome, code):
+    rows = compare.exact(
+        version(base, "why base"), version(head, "why head"), ComparisonRequest(CASE, "mine", ("correct",))
+    )
+    assert [(r.metric, r.outcome, r.base, r.head) for r in rows] == [("correct", outcome, base, head)]
+    remarks = [f"{s} at {at}: why {at.lower()}" for s, at in ((base, "BASE"), (head, "HEAD")) if s not in CORRECT]
+    assert rows[0].remarks == remarks
     assert compare.exit_code(rows) == code
 
 
 def test_a_case_that_is_new_does_not_spoil_the_rest():
-    same = compare.exact(version(), version(), ASKED)
-    new = compare.exact(version("unsupported"), version(), ASKED)
-    both_wrong = compare.exact(version("failed"), version("failed"), ASKED)
+    same = compare.exact(version(), version(), REQUEST)
+    new = compare.exact(version("unsupported"), version(), REQUEST)
+    both_wrong = compare.exact(version("failed"), version("failed"), REQUEST)
     assert len(new) == len(both_wrong) == 1  # nothing is counted where nothing can be compared
     assert compare.exit_code(same) == compare.exit_code(same + new) == 0
     assert compare.exit_code(same + both_wrong) == 3
 
 
 def test_any_number_that_is_worse_is_a_regression():
-    question = Question(CASE, "mine", ("launches", "allocations", "tensor_core"))
-    rows = compare.exact(version(), version(allocations=4, launches=3, tensor_core=7), question)
-    assert {r.metric: r.verdict for r in rows} == {
+    request = ComparisonRequest(CASE, "mine", ("launches", "allocations", "tensor_core"))
+    rows = compare.exact(version(), version(allocations=4, launches=3, tensor_core=7), request)
+    assert {r.metric: r.outcome for r in rows} == {
         "correct": "same", "launches": "improved", "allocations": "regressed", "tensor_core": "regressed",
     }  # fmt: skip
     assert compare.exit_code(rows) == 1
-    assert compare.exit_code(compare.exact(version(), version(allocations=2), question)) == 0
+    assert compare.exit_code(compare.exact(version(), version(allocations=2), request)) == 0
 
 
 def test_numbers_that_one_side_lacks():
-    question = Question(CASE, "mine", ("launches", "registers"))
-    assert [r.verdict for r in compare.exact(version(), version(), question)] == ["same", "same", "not compared"]
-    assert [r.verdict for r in compare.exact(version(registers=9), version(), question)][2] == "regressed"
+    request = ComparisonRequest(CASE, "mine", ("launches", "registers"))
+    assert [r.outcome for r in compare.exact(version(), version(), request)] == ["same", "same", "not compared"]
+    assert [r.outcome for r in compare.exact(version(registers=9), version(), request)][2] == "regressed"
     silent = version()
     silent.answers["structure"] = WorkerError("crashed", "no\nfurther")
-    rows = compare.exact(version(), silent, question)
-    assert [r.verdict for r in rows] == ["same", "regressed", "not compared"]
+    rows = compare.exact(version(), silent, request)
+    assert [r.outcome for r in rows] == ["same", "regressed", "not compared"]
     assert rows[2].remarks == ["crashed at HEAD: no"]
 
 
@@ -108,8 +110,8 @@ def test_targets_are_compiled_for_only_if_asked():
     seen = []
     spy = version()
     spy.answers["structure"] = lambda fields: seen.append(fields["targets"]) or {"metrics": COUNTS}
-    compare.exact(spy, version(), Question(CASE, "mine", ("launches",)))
-    compare.exact(spy, version(), Question(CASE, "mine", ("tensor_core",)))
+    compare.exact(spy, version(), ComparisonRequest(CASE, "mine", ("launches",)))
+    compare.exact(spy, version(), ComparisonRequest(CASE, "mine", ("tensor_core",)))
     assert seen == [(), compare.TARGETS]
 
 
@@ -130,7 +132,7 @@ def timed(microseconds, seed, apart=0.002, fails_from=math.inf, kind="incorrect"
 
 
 def trial(head, base=None, again=None, budget=100.0):
-    found = Trial(Question(CASE, "mine", ("device_us",)), "device_us")
+    found = Trial(ComparisonRequest(CASE, "mine", ("device_us",)), "device_us")
     sides = {"base": base or timed(100, 1), "again": again or timed(100, 2), "head": head}
     compare.measure([found], sides, time.monotonic() + budget, 0.01, lambda line: None)
     return found.row()
@@ -138,7 +140,7 @@ def trial(head, base=None, again=None, budget=100.0):
 
 def test_a_slow_head_is_found_at_the_first_look():
     row = trial(timed(110, 3))
-    assert row.verdict == "regressed" and row.estimate.generations == 3
+    assert row.outcome == "regressed" and row.estimate.generations == 3
     assert row.estimate.low < 0.1 < row.estimate.high and row.estimate.floor < 0.02
     assert row.base == pytest.approx(100, rel=0.02) and row.head == pytest.approx(110, rel=0.02)
     least, most = compare.SAMPLES
@@ -147,20 +149,20 @@ def test_a_slow_head_is_found_at_the_first_look():
 
 
 def test_the_same_and_a_fast_head():
-    assert trial(timed(100, 3)).verdict == "same"
-    assert trial(timed(90, 3)).verdict == "improved"
+    assert trial(timed(100, 3)).outcome == "same"
+    assert trial(timed(90, 3)).outcome == "improved"
 
 
 def test_undecided_buys_generations_until_the_budget_is_spent():
     sides = [timed(100, seed, apart=0.05) for seed in (1, 2, 3)]
     row = trial(*sides)
-    assert row.verdict == "undecided" and row.estimate.generations == statistics.LOOKS[-1] == sides[0].processes
+    assert row.outcome == "undecided" and row.estimate.generations == statistics.LOOKS[-1] == sides[0].processes
     row = trial(timed(100, 3, apart=0.05), timed(100, 1, apart=0.05), budget=-1.0)
-    assert row.verdict == "undecided" and row.estimate.generations == statistics.LOOKS[0]
+    assert row.outcome == "undecided" and row.estimate.generations == statistics.LOOKS[0]
 
 
 @pytest.mark.parametrize(
-    "base_from, again_from, head_from, kind, verdict",
+    "base_from, again_from, head_from, kind, outcome",
     [
         (99, 99, 1, "incorrect", "regressed"),
         (99, 99, 3, "died", "regressed"),
@@ -169,16 +171,16 @@ def test_undecided_buys_generations_until_the_budget_is_spent():
         (1, 1, 1, "unsupported", "not compared"),
     ],
 )
-def test_what_has_no_speed_is_said(base_from, again_from, head_from, kind, verdict):
+def test_a_side_that_cannot_be_timed_is_remarked(base_from, again_from, head_from, kind, outcome):
     row = trial(*(timed(100, s, fails_from=n, kind=kind) for s, n in ((3, head_from), (1, base_from), (2, again_from))))
-    assert row.verdict == verdict and row.remarks
+    assert row.outcome == outcome and row.remarks
     assert all(f"{kind} at " in remark and remark.endswith(": off by one") for remark in row.remarks)
-    assert compare.exit_code([row]) == {"regressed": 1}.get(verdict, 3)
-    same = compare.exact(version(), version(), ASKED)
-    assert compare.exit_code([*same, row]) == (1 if verdict == "regressed" else 0 if kind == "unsupported" else 3)
+    assert compare.exit_code([row]) == {"regressed": 1}.get(outcome, 3)
+    same = compare.exact(version(), version(), REQUEST)
+    assert compare.exit_code([*same, row]) == (1 if outcome == "regressed" else 0 if kind == "unsupported" else 3)
 
 
-def test_a_whole_comparison_is_in_the_order_of_its_questions(monkeypatch):
+def test_a_whole_comparison_is_in_the_order_of_its_requests(monkeypatch):
     def never(commit, device):
         raise AssertionError("no process was due")
 
@@ -187,18 +189,21 @@ def test_a_whole_comparison_is_in_the_order_of_its_questions(monkeypatch):
         side.answers["structure"] = {"metrics": COUNTS}
         side.checkouts, side.commit, side.device = type("None", (), {"worker": never}), "c", "cpu"
     other = CASE.replace("t4", "t8")
-    questions = [Question(CASE, "mine", ("device_us", "launches")), Question(other, "mine", ("device_us",))]
-    told = []
-    rows = compare.compare(*sides, questions, 100, 0.01, told.append)
-    assert [(r.case, r.metric, r.verdict) for r in rows] == [
+    requests = [
+        ComparisonRequest(CASE, "mine", ("device_us", "launches")),
+        ComparisonRequest(other, "mine", ("device_us",)),
+    ]
+    progress = []
+    rows = compare.compare(*sides, requests, 100, 0.01, progress.append)
+    assert [(r.case, r.metric, r.outcome) for r in rows] == [
         (CASE, "correct", "same"), (CASE, "launches", "same"), (CASE, "device_us", "not compared"),
         (other, "correct", "same"), (other, "device_us", "not compared"),
     ]  # fmt: skip
-    assert told == [f"1 of 2: {CASE} on mine", f"2 of 2: {other} on mine"]
+    assert progress == [f"1 of 2: {CASE} on mine", f"2 of 2: {other} on mine"]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
-def told(capsys, *arguments):
+def run(capsys, *arguments):
     code = cli.main(["compare", *arguments])
     out, err = capsys.readouterr()
     return code, out, err
@@ -216,7 +221,7 @@ def told(capsys, *arguments):
     ],
 )
 def test_wrong_arguments(capsys, words, message):
-    code, out, err = told(capsys, *words)
+    code, out, err = run(capsys, *words)
     assert code == 2 and out == "" and message in err and len(err.splitlines()) == 1
 
 
@@ -225,19 +230,19 @@ def parsed(*words):
 
 
 def test_the_default_cases_of_the_cpu():
-    found = command.questions(parsed())
+    found = command.requests(parsed())
     counted = [q for q in found if "launches" in q.metrics]
     timed_ones = [q for q in found if "device_us" in q.metrics]
     assert len(counted) > 10 and {"triton", "torch-grouped-mm"} <= {q.backend for q in counted}
     assert len(timed_ones) > 2 and {q.backend for q in timed_ones} == {"torch-grouped-mm"}  # others are interpreted
     assert not set(counted) & set(timed_ones)
-    assert command.questions(parsed("--metric", "host_us"))[0].metrics == ("host_us",)
+    assert command.requests(parsed("--metric", "host_us"))[0].metrics == ("host_us",)
 
 
 def test_the_default_cases_of_a_gpu_and_of_a_backend():
-    found = command.questions(parsed("--device", "cuda", "--metric", "device_us"))
+    found = command.requests(parsed("--device", "cuda", "--metric", "device_us"))
     assert len(found) > 5 and all(q.backend == "triton" and "-random" in q.case for q in found)
-    found = command.questions(parsed("--backend", "a:b", "--backend", "c:d", CASE))
+    found = command.requests(parsed("--backend", "a:b", "--backend", "c:d", CASE))
     assert [(q.case, q.backend) for q in found] == [(CASE, "a:b"), (CASE, "c:d")]
 
 
@@ -274,7 +279,7 @@ def test_two_commits_counted_and_timed(repo, capsys, tmp_path, monkeypatch):
     summary, record = tmp_path / "new" / "summary.md", tmp_path / "record.json"
     metrics = [word for name in ("allocated_bytes", "launches", "device_us") for word in ("--metric", name)]
     words = ["--repo", str(repo), "--backend", "own.moe:Plain", "--markdown", str(summary), "--json", str(record)]
-    code, out, err = told(capsys, "first", "slow", *words, *metrics, CASE)
+    code, out, err = run(capsys, "first", "slow", *words, *metrics, CASE)
     lines = out.splitlines()
     assert code == 1 and lines[0].startswith("first (") and lines[0].endswith(" on cpu")
     assert f"{CASE} on own.moe:Plain: the same in correctness and 1 counted metric" in lines
@@ -294,15 +299,15 @@ def test_two_commits_counted_and_timed(repo, capsys, tmp_path, monkeypatch):
 
 def test_a_wrong_working_tree(repo, capsys):
     words = ("--repo", str(repo), "--backend", "own.moe:Plain", "--metric", "allocations", CASE)
-    code, out, _ = told(capsys, "first", "worktree", *words)
+    code, out, _ = run(capsys, "first", "worktree", *words)
     assert code == 1 and "failed at HEAD: " in out and "allocations" not in out
 
 
 def test_what_cannot_be_built(repo, capsys):
     words = ("--repo", str(repo), "--backend", "own.moe:Plain", CASE)
-    code, _, err = told(capsys, "first", "slow", *words, "--build", "exit 7")
+    code, _, err = run(capsys, "first", "slow", *words, "--build", "exit 7")
     assert code == 2 and "BASE " in err and "ended with exit code 7" in err
-    code, _, err = told(capsys, "first", "slow", *words, "--build", "! grep -q 'x @ x.T' own/moe.py")
+    code, _, err = run(capsys, "first", "slow", *words, "--build", "! grep -q 'x @ x.T' own/moe.py")
     assert code == 1 and "regressed: HEAD cannot be built" in err
 
 
@@ -316,27 +321,27 @@ def test_the_table_fits():
         Comparison(long, "some.package.of.theirs:Backend", "allocated_bytes", "regressed", 10**10, 2 * 10**10),
         Comparison(long, "mine", "correct", "not compared", "unsupported", "unsupported", ["a | b"]),
     ]  # fmt: skip
-    lines = table(rows)
+    lines = table_lines(rows)
     assert max(map(len, lines)) <= 120
     assert "  +250.0 % (+200.0 to +320.0)" in lines[3] and "12 x 360" in lines[3] and "+10000000000" in lines[5]
-    cells = [line.replace("\\|", "").count("|") for line in markdown(rows)]
-    assert len(set(cells)) == 1 and "a \\| b" in markdown(rows)[-1]
+    cells = [line.replace("\\|", "").count("|") for line in markdown_lines(rows)]
+    assert len(set(cells)) == 1 and "a \\| b" in markdown_lines(rows)[-1]
 
 
-def test_the_totals_say_what_would_have_been_found():
+def test_the_totals_give_the_detectable_change():
     estimate = statistics.Estimate(0.0, -0.01, 0.01, 0.5, 0.5, 0.012, 0.003, 5, 3)
     row = Comparison(CASE, "mine", "device_us", "same", 10.0, 10.0, [], estimate, 0.034, 60, 1.0)
     found = Comparison(CASE, "other", "device_us", "regressed", 10.0, 20.0, [], estimate, 0.5, 60, 1.0)
-    lines = summed_up([row, found, row], 3.2)
+    lines = total_lines([row, found, row], 3.2)
     assert lines[0] == "3 metrics in 3 s: 1 regressed, 2 same."
     assert "2 timed as same or undecided, a change of 3.4 % would have been found" in lines[1]
     assert "itself: 1.2 to 1.2 %" in lines[2]
-    assert summed_up([found], 3.2)[1].startswith("Noise floor")
+    assert total_lines([found], 3.2)[1].startswith("Noise floor")
 
 
-def test_two_versions_that_are_alike_are_said_to_be(repo):
+def test_two_versions_with_the_same_files_are_remarked(repo):
     with Checkouts(repo) as checkouts:
         slow = checkouts.resolve("slow")
-        assert command._alike(checkouts, slow, slow, "").startswith("; all files are the same in both")
-        assert command._alike(checkouts, slow, slow, "own").startswith("; own/ is the same in both")
-        assert command._alike(checkouts, slow, checkouts.resolve("first"), "") == ""
+        assert command._same_files(checkouts, slow, slow, "").startswith("; all files are the same in both")
+        assert command._same_files(checkouts, slow, slow, "own").startswith("; own/ is the same in both")
+        assert command._same_files(checkouts, slow, checkouts.resolve("first"), "") == ""

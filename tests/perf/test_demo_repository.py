@@ -67,7 +67,7 @@ def test_every_story_is_found_by_what_is_counted(demonstration, bench, capsys):
     for story, (case, backend, metric, says) in STORIES.items():
         # Compiling takes longer than counting: over fewer commits, and that is all this spares.
         bad = "on_input" if metric == "shared_bytes" else "bad"
-        code = bisect.carry_out(arguments(commits, case, backend, metric, bad), bench)
+        code = bisect.search(arguments(commits, case, backend, metric, bad), bench)
         told = capsys.readouterr().out
         culprit = commits[story.partition(" ")[0]]
         answer = told.partition(f"\nfound: {culprit[:10]} ")[2]

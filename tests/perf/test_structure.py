@@ -13,7 +13,7 @@ from harness.device import Device
 from harness.perf.count.structure import CallCounts, NotCorrect, NotMeasured, measure
 from harness.perf.metrics import STRUCTURE
 from harness.problem.case import Case
-from tests import interpreted  # noqa: F401  skips where kernels are not interpreted
+from tests.support import interpreted  # noqa: F401  skips where kernels are not interpreted
 from tests.support.emulated import Emulated
 from tests.support.tiny_kernels import copy_kernel
 
@@ -147,7 +147,7 @@ def test_triton_is_left_as_it_was():
 
 def test_launches_keep_no_tensor():
     found = measure(CASE, Extra(partial(launch, grid=(1,))), CPU)
-    assert CallCounts.of(json.loads(json.dumps(found.record()))) == found
+    assert CallCounts.from_record(json.loads(json.dumps(found.record()))) == found
 
 
 def test_a_wrong_case_has_no_numbers():

@@ -1,4 +1,4 @@
-"""Git histories of one small file, and workers that read from it what they would have measured."""
+"""Git histories of one small file, and workers that read their measurements from that file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from tests.support.demo_repository import git
 
 
 def make(repository: Path, states: list[dict], merges: dict[int, int] | None = None) -> list[str]:
-    """A commit for each state, in a line; merges: commit -> its second parent, whose parent is then the first commit's
-    predecessor in the line. Returns the full names."""
+    """Make a repository with a commit for each state. Returns the full names of the commits.
+
+    A state with a key "parent" branches off from that commit; the others follow the commit before them. merges: the
+    second parent, by commit.
+    """
     repository.mkdir(parents=True, exist_ok=True)
     git(repository, "init", "-q", "-b", "main")
     stream = []
@@ -38,7 +41,10 @@ def make(repository: Path, states: list[dict], merges: dict[int, int] | None = N
 
 
 class FakeCheckouts(Checkouts):
-    """Checkouts of a small history. Times have 2 % noise; `asked` lists (commit, question), `interrupt` ends it all."""
+    """Checkouts of a small history. Times have 2 % noise.
+
+    asked: all (commit, request) so far. interrupt: the number of requests after which KeyboardInterrupt is raised.
+    """
 
     def __init__(self, repo: Path, build: str | None = None, interrupt: int | None = None, seed: int = 0) -> None:
         super().__init__(repo, build)
@@ -59,21 +65,24 @@ class FakeCheckouts(Checkouts):
 
 
 class FakeWorker:
+    """A worker that reads from the commit's state: "error", "status", "reason", "error_type", "us" and counts."""
+
     def __init__(self, checkouts: FakeCheckouts, commit: str, state: dict) -> None:
         self.checkouts, self.commit, self.state = checkouts, commit, state
         self.closed = False
 
-    def ask(self, question: str, **fields) -> dict:
+    def ask(self, request: str, **fields) -> dict:
         checkouts = self.checkouts
         assert not self.closed and fields["case"] and fields["backend"]
         if checkouts.interrupt is not None and len(checkouts.asked) >= checkouts.interrupt:
             raise KeyboardInterrupt
-        checkouts.asked.append((self.commit, question))
+        checkouts.asked.append((self.commit, request))
         if "error" in self.state:
             raise WorkerError(*self.state["error"])
-        if question == "verdict":
-            return {"status": self.state.get("status", "passed"), "reason": self.state.get("reason", "")}
-        if question == "structure":
+        if request == "verdict":
+            fields = {name: self.state[name] for name in VERDICT if name in self.state}
+            return {"status": "passed", "reason": "", **fields}
+        if request == "structure":
             if self.state.get("status", "passed") != "passed":
                 raise WorkerError("incorrect", f"{self.state['status']}: {self.state['reason']}")
             counts = {name: self.state.get(name, 1) for name in COUNTED}
@@ -85,6 +94,7 @@ class FakeWorker:
         self.closed = True
 
 
+VERDICT = ("status", "reason", "error_type")
 COUNTED = (
     "launches", "programs", "operators", "allocations", "allocated_bytes", "copies_h2d", "copies_d2h", "syncs",
     "python_calls", "tensor_core",

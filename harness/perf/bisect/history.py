@@ -1,50 +1,43 @@
-"""The history that is searched: its commits in words, its first-parent chain, and `git bisect run` over it.
-
-A bisection's state belongs to a worktree. Ours gets an empty worktree of its own, so that neither the user's checkout
-nor a bisection that they are in the middle of notices anything.
-"""
+"""The commits between a good and a bad one: their texts, their first-parent chain, and the bisection of all of them."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.base.errors import UserError
-from harness.base.processes import environment
-from harness.perf.bisect.git_step import ABORT
 from harness.perf.versions.checkout import WORKTREE, Checkouts
 
-GOOD, BAD, SKIP = 0, 1, 125  #: answers that `git bisect run` understands; ABORT ends it
+#: What `judge` of History.bisect returns for a commit. SKIP: it cannot be measured. STOP: end the bisection here.
+GOOD, BAD, SKIP, STOP = "good", "bad", "skip", "stop"
 
 
 @dataclass(frozen=True)
 class Commit:
-    """How a commit is shown."""
+    """A commit as it is printed."""
 
     sha: str
     subject: str
-    date: str  #: of the author, YYYY-MM-DD
+    date: str  #: author date, YYYY-MM-DD
     parents: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What git says. commits: the culprit, or all that it may be, oldest first; complete unless it was aborted."""
+class Culprits:
+    """The culprit, or all commits that may be it, oldest first. complete: no commit is left that could be tested."""
 
     commits: list[str]
     complete: bool
 
 
 class History:
-    """The commits between a good and a bad one, given as full names. Wrong unless good is an ancestor of bad."""
+    """The commits between a good and a bad one, both given as full names.
+
+    Raises UserError unless good is an ancestor of bad.
+    """
 
     def __init__(self, checkouts: Checkouts, good: str, bad: str) -> None:
         for option, commit in (("--good", good), ("--bad", bad)):
@@ -55,8 +48,8 @@ class History:
         self.checkouts, self.good, self.bad = checkouts, good, bad
         if good == bad:
             raise UserError(f"--good and --bad are the same commit, {good[:10]}")
-        if not self._ancestor(good, bad):
-            hint = "; the other way round it would be" if self._ancestor(bad, good) else ""
+        if not self._is_ancestor(good, bad):
+            hint = "; the other way round it would be" if self._is_ancestor(bad, good) else ""
             raise UserError(f"--good {good[:10]} is no ancestor of --bad {bad[:10]}{hint}")
 
     def _git(self, *arguments: str) -> str:
@@ -65,80 +58,49 @@ class History:
             raise RuntimeError(f"git {shlex.join(arguments)} ended with {done.returncode}: {done.stderr.strip()}")
         return done.stdout
 
-    def _ancestor(self, old: str, new: str) -> bool:
+    def _is_ancestor(self, old: str, new: str) -> bool:
         return self.checkouts.git("merge-base", "--is-ancestor", old, new).returncode == 0
 
     @property
     def common_directory(self) -> Path:
         """The git directory that all worktrees of the repository share."""
-        found = Path(self._git("rev-parse", "--git-common-dir").strip())
-        return found if found.is_absolute() else self.checkouts.repo / found
+        path = Path(self._git("rev-parse", "--git-common-dir").strip())
+        return path if path.is_absolute() else self.checkouts.repo / path
 
     def commit(self, sha: str) -> Commit:
-        """What is shown of a commit."""
+        """The commit of this full name."""
         subject, date, parents = self._git("show", "-s", "--format=%s%n%as%n%P", sha).split("\n")[:3]
         return Commit(sha, subject, date, tuple(parents.split()))
 
     def between(self) -> int:
-        """How many commits may be the culprit."""
+        """The number of commits that may be the culprit."""
         return int(self._git("rev-list", "--count", f"{self.good}..{self.bad}"))
 
     def chain(self) -> list[str]:
-        """The good commit and, oldest first, all that followed on the bad one's first-parent line: a merge is one
-        commit, which stands for all that it brought in."""
-        listed = self._git("rev-list", "--reverse", "--first-parent", f"{self.good}..{self.bad}").split()
-        return [self.good, *listed]
+        """The good commit and the first-parent line from it to the bad one, oldest first.
 
-    def bisect_run(self, judge: Callable[[str], int]) -> Found:
-        """`git bisect run`, judge(commit) answering GOOD, BAD, SKIP or ABORT for each commit that git chooses."""
-        with tempfile.TemporaryDirectory(prefix="moe-harness-bisect-") as temporary:
-            tree = Path(temporary) / "empty"
-            hooks = ("-c", f"core.hooksPath={os.devnull}")
-            self._git(*hooks, "worktree", "add", "--detach", "--no-checkout", str(tree), self.bad)
-            try:
-                return self._bisect_in(tree, judge)
-            finally:
-                self._git("worktree", "remove", "--force", "--force", str(tree))
+        A merge is one commit of the chain. It stands for all commits that it brought in.
+        """
+        line = self._git("rev-list", "--reverse", "--first-parent", f"{self.good}..{self.bad}").split()
+        return [self.good, *line]
 
-    def _bisect_in(self, tree: Path, judge: Callable[[str], int]) -> Found:
-        self._git("-C", str(tree), "bisect", "start", "--no-checkout", self.bad, self.good)
-        if found := self._found(tree):  # a single candidate: nothing is left to ask
-            return found
-        ours, theirs = socket.socketpair()
-        step = [sys.executable, "-m", "harness.perf.bisect.git_step", str(theirs.fileno())]
-        variables = {n: v for n, v in environment().items() if not n.startswith("GIT_")} | {"LC_ALL": "C"}
-        with ours, (tree / "output").open("w+") as output:
-            with theirs:
-                process = subprocess.Popen(
-                    ["git", "bisect", "run", *step], cwd=tree, env=variables, pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                )  # fmt: skip
-            aborted = False
-            try:
-                with ours.makefile("r") as questions:
-                    for line in questions:
-                        answer = judge(line.strip())
-                        aborted = aborted or answer == ABORT
-                        ours.sendall(f"{answer}\n".encode())
-            except BaseException:
-                process.kill()
-                raise
-            finally:
-                process.wait()
-            if found := self._found(tree):
-                return found
-            if not aborted:
-                output.seek(0)
-                raise RuntimeError(f"git bisect run ended with {process.returncode}:\n{output.read()}")
-        known_good = self._git("-C", str(tree), "for-each-ref", "--format=^%(objectname)", "refs/bisect/good-*").split()
-        left = self._git("-C", str(tree), "rev-list", "--reverse", "--topo-order", "refs/bisect/bad", *known_good)
-        return Found(left.split(), False)
+    def bisect(self, judge: Callable[[str], str]) -> Culprits:
+        """Bisect over all commits, also those of merged branches. judge(commit) returns GOOD, BAD, SKIP or STOP.
 
-    def _found(self, tree: Path) -> Found | None:
-        log = self._git("-C", str(tree), "bisect", "log")
-        if culprit := re.findall(r"^# first bad commit: \[(\w+)\]", log, re.MULTILINE):
-            return Found(culprit, True)
-        if possible := set(re.findall(r"^# possible first bad commit: \[(\w+)\]", log, re.MULTILINE)):
-            order = self._git("rev-list", "--reverse", "--topo-order", f"{self.good}..{self.bad}").split()
-            return Found([sha for sha in order if sha in possible], True)
-        return None
+        `git rev-list --bisect-all` lists the candidates, those first that split the rest into the most equal halves.
+        The first of them that was not judged before is judged next.
+        """
+        good, bad, judged = [self.good], self.bad, {self.bad}
+        while True:
+            candidates = [bad, *(f"^{commit}" for commit in good)]
+            best_first = re.findall(r"^\w+", self._git("rev-list", "--bisect-all", *candidates), re.MULTILINE)
+            commit = next((name for name in best_first if name not in judged), None)
+            answer = judge(commit) if commit else STOP
+            if commit is None or answer == STOP:
+                left = self._git("rev-list", "--reverse", "--topo-order", *candidates).split()
+                return Culprits(left, complete=commit is None)
+            judged.add(commit)
+            if answer == GOOD:
+                good.append(commit)
+            elif answer == BAD:
+                bad = commit

@@ -1,7 +1,7 @@
-"""The log of a search: every measurement at once, a JSON line each, so that a search that was interrupted goes on.
+"""The log of a search: one JSON line for each measurement, written at once, so that an interrupted search can go on.
 
-The first line says what is measured. The search is deterministic in what was measured: to go on is to ask again, and to
-be answered from the log as far as it reaches.
+The first line says what is measured. The search depends on the measurements alone. A resumed search therefore makes the
+same requests again, and the log answers those that it holds.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 
 from harness.base.errors import UserError
 
-FORMAT = 1  #: of the lines; a log of another version is not continued
+FORMAT = 2  #: version of the lines; a log of another version is not continued
 
 
 def default_path(common_directory: Path, what: dict[str, Any]) -> Path:
-    """Where the log of this search lies: in the repository's git directory, under a name made of what is measured."""
+    """The log's path: in the repository's git directory, with a name made from a digest of what is measured."""
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     return common_directory / f"moe-harness-bisect-{digest}.jsonl"
 
 
 class Log:
-    """A log open for appending, alone: a context manager. `records` holds what it held already, and grows."""
+    """A log, locked and open for appending; a context manager. `records` holds its lines, old and new."""
 
     def __init__(self, path: Path, what: dict[str, Any], restart: bool = False) -> None:
-        """Wrong if the file holds another search, or if somebody else is writing to it."""
+        """Raises UserError if the file holds another search, or if another process is writing to it."""
         self.path = path
         self.records: list[dict[str, Any]] = []
-        self.cut = 0  #: lines that could not be read: a search was killed while it wrote them
+        self.cut = 0  #: lines that cannot be read: a search was killed while it wrote them
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+", encoding="utf-8")
@@ -71,7 +71,7 @@ class Log:
             self._write(header)
 
     def append(self, record: dict[str, Any]) -> None:
-        """One whole line, on disk when this returns."""
+        """Write one line. It is on disk when this returns."""
         self._write(record)
         self.records.append(record)
 
@@ -80,8 +80,8 @@ class Log:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def of(self, commit: str, kind: str) -> list[dict[str, Any]]:
-        """The records of one kind about a commit, in order."""
+    def of_commit(self, commit: str, kind: str) -> list[dict[str, Any]]:
+        """The records of one kind about a commit, in the order of the log."""
         return [r for r in self.records if r["commit"] == commit and r["kind"] == kind]
 
     def __enter__(self) -> Log:
@@ -91,8 +91,8 @@ class Log:
         self._file.close()
 
 
-def _difference(found: Any, header: dict[str, Any]) -> str:
-    if not isinstance(found, dict) or found.get("moe-harness-bisect") != FORMAT:
+def _difference(first: Any, header: dict[str, Any]) -> str:
+    if not isinstance(first, dict) or first.get("moe-harness-bisect") != FORMAT:
         return "it is no log of this version of moe-harness bisect"
-    names = [name for name in header if found.get(name) != header[name]]
-    return "it holds another search: " + ", ".join(f"{n}={found.get(n)!r}, not {header[n]!r}" for n in names)
+    names = [name for name in header if first.get(name) != header[name]]
+    return "it holds another search: " + ", ".join(f"{n}={first.get(n)!r}, not {header[n]!r}" for n in names)

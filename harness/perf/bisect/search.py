@@ -1,18 +1,20 @@
-"""Which of n commits changed a noisy number: Bayesian search with a continuous, robust likelihood. No git, no clock.
+"""Find which of n commits changed a noisy number: Bayesian search with a continuous, robust likelihood.
 
     commits   0 (known good) ... n - 1 (known bad), one step between two levels
     hypothesis c in 1 .. n - 1: commit c is the first with the new level
-    sample    y = log(measured / reference), the reference being commit 0 measured next to it, which cancels drift; each
-              of processes of its own (perf/bisect/measure.py), or samples would share what their process adds to all
+    sample    y = log(measured / reference). The reference is commit 0, measured next to it, which cancels drift. Each
+              sample has processes of its own (perf/bisect/measure.py), or samples would share the offset of a process.
 
     y at commit j ~ base (+ change if j >= c) + scale * Student t with DEGREES of freedom
 
-base, change and scale are unknown: they are summed out over a grid around what the samples say, never plugged in. The
-heavy tails of Student's distribution make a sample that is far off say little, instead of much that is wrong. The ends
-are samples like any other; they alone say how large the change is when the search starts.
+base, change and scale are unknown. They are summed out over a grid around the samples; no point estimate replaces them.
+The heavy tails of Student's distribution limit the weight of an outlier. The samples of the ends are used like all
+others; they alone determine the size of the change when the search starts.
 
-A commit that cannot be measured may still be the one: it and its successor then cannot be told apart, and the answer is
-a range. `ends` asks first whether there is anything to look for.
+A commit that cannot be measured may still be the culprit. It and its successor cannot be distinguished then, and the
+answer is a range. `ends` first tests whether there is a change to search for.
+
+This module knows neither git nor a clock.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ CREDIBLE = 0.95
 POINTS = (7, 15, 7)  #: of the grid over base, change and scale
 REACH = 4.0  #: standard deviations from the middle of the grid to its ends
 OUTCOMES = 29  #: values of a next sample over which its information is averaged
-#: False alarms in histories without a change, all looks together: far below the 1 in 100 that is asked for, so that a
-#: test of 100 histories can hold it.
+#: False alarms in histories without a change, all looks together. Far below the required 1 in 100, so that a test with
+#: 100 histories can assert that.
 ALPHA = 0.002
 LOOKS = (6, 9, 13, 19, 28, 42, 63)  #: samples of the bad end after which the ends are compared
 LEAST_BUDGET = LOOKS[0] * 3 // 2  #: samples of the first look: half as many of the good end
@@ -40,22 +42,22 @@ Measure = Callable[[int, int], "Sequence[float] | None"]
 
 @dataclass(frozen=True)
 class Ends:
-    """What the samples of both ends say. `change` and `smallest` are log ratios."""
+    """The comparison of both ends. `change` and `smallest` are log ratios."""
 
     differ: bool
     more: bool  #: undecided so far, and another look is due
     p: float  #: one-sided, of Student's t, for the last look
     change: float
-    smallest: float  #: minimum detectable effect: found with a probability of POWER by as many samples
+    smallest: float  #: minimum detectable effect: as many samples find it with a probability of POWER
     samples: int
 
 
 def ends(good: Sequence[float], bad: Sequence[float], least: float = 0.0) -> Ends:
-    """Whether the bad end is clearly worse than the good one: Student's t-test, a share of ALPHA a look.
+    """Test whether the bad end is clearly worse than the good one: Student's t-test, with a share of ALPHA each look.
 
-    good: log ratios of commit 0 to itself, bad: of commit n - 1 to commit 0; least: the smallest change that counts.
-    Under no change a ratio is as likely above 1 as below, whatever the noise, because the order alternates; an outlier
-    makes the test more careful.
+    good: log ratios of commit 0 to itself. bad: log ratios of commit n - 1 to commit 0. least: the smallest change that
+    counts. Without a change a ratio is as likely above 1 as below, for any noise, because the order alternates. An
+    outlier makes the test more conservative.
     """
     from scipy import stats
 
@@ -74,8 +76,8 @@ def _spread(values: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What is known. The culprit is in commits first .. last: one commit, or a range that cannot be told apart."""
+class SearchResult:
+    """The culprit is in commits first .. last: one commit, or a range that cannot be distinguished."""
 
     first: int
     last: int
@@ -84,15 +86,15 @@ class Answer:
     change: float  #: log ratio, mean of the posterior
     interval: tuple[float, float]  #: CREDIBLE of the change
     samples: int
-    certain: bool  #: probability reached what was asked
+    certain: bool  #: the probability reached the confidence
 
 
 @dataclass
 class Search:
-    """The posterior over commits 1 .. n - 1 given all samples so far."""
+    """The posterior over commits 1 .. n - 1, given all samples so far."""
 
     n: int
-    weights: Sequence[float] | None = None  #: prior of each of the n commits to be the one; uniform
+    weights: Sequence[float] | None = None  #: prior of each of the n commits; uniform if None
     confidence: float = CONFIDENCE
     values: dict[int, list[float]] = field(default_factory=dict)
     skipped: set[int] = field(default_factory=set)
@@ -108,7 +110,7 @@ class Search:
             raise ValueError(f"weights: {self.n} numbers, none negative, and one of the last {self.n - 1} positive")
         with np.errstate(divide="ignore"):
             self._log_prior = np.log(prior[1:] / prior.sum())
-        self._grid_at = 0  # number of samples for which the grid was laid
+        self._grid_at = 0  # number of samples when the grid was laid
         self._joint = np.empty(0)
 
     @property
@@ -116,27 +118,27 @@ class Search:
         return sum(map(len, self.values.values()))
 
     def skip(self, commit: int) -> None:
-        """This commit cannot be measured."""
+        """Mark a commit that cannot be measured. Raises ValueError for the ends."""
         if commit in (0, self.n - 1):
             raise ValueError(f"commit {commit}: both ends must be measured")
         self.skipped.add(commit)
 
     def add(self, commit: int, values: Sequence[float]) -> None:
-        """New samples of a commit. Both ends first: they lay the grid."""
+        """Add samples of a commit. The grid needs samples of both ends."""
         self.values.setdefault(commit, []).extend(values)
         if not {0, self.n - 1} <= self.values.keys():
             return
         if not self._grid_at:
             self._lay(*self._guess())
         elif self.samples >= 2 * self._grid_at:
-            self._lay(*self._moments())  # a posterior that became narrow needs a finer grid
+            self._lay(*self._moments())  # a narrower posterior needs a finer grid
         else:
             self._count(commit, values)
         self._update()
 
     # -- the grid -----------------------------------------------------------------------------------------------------
     def _guess(self) -> tuple[np.ndarray, np.ndarray]:
-        """Means and deviations of (base, change, log scale), from the ends alone."""
+        """Means and deviations of (base, change, log scale), from the samples of the ends."""
         good, bad = (np.asarray(self.values[j]) for j in (0, self.n - 1))
         scale = _spread(np.concatenate([good - np.median(good), bad - np.median(bad)])) / 1.2  # of t: wider than normal
         errors = [1.5 * scale / np.sqrt(len(side)) for side in (good, bad)]
@@ -144,7 +146,7 @@ class Search:
         return means, np.array([errors[0], np.hypot(*errors), 1.2 / np.sqrt(len(good) + len(bad))])
 
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same, from the posterior. No axis shrinks to less than half of its step: the posterior is not smaller."""
+        """The same, from the posterior. A deviation is at least half a step of the grid, which resolves no less."""
         means, deviations = [], []
         for axis, points in enumerate(self._axes):
             mass = self._joint.sum(axis=tuple(a for a in range(4) if a != axis + 1))
@@ -157,14 +159,14 @@ class Search:
         self._grid_at = self.samples
         self._axes = [m + d * np.linspace(-REACH, REACH, p) for m, d, p in zip(means, deviations, POINTS)]
         base, change, log_scale = np.meshgrid(*self._axes, indexing="ij")
-        self._levels = np.stack([base, base + change])  # [old or new, grid]
+        self._levels = np.stack([base, base + change])  # [2, grid]: old, new
         self._log_scale = log_scale
-        self._likelihood = np.zeros((2, self.n, *POINTS))  # of each commit's samples, were it old or new
+        self._likelihood = np.zeros((2, self.n, *POINTS))  # [2, n, grid]: old, new
         for commit, values in self.values.items():
             self._count(commit, values)
 
     def _density(self, values: np.ndarray) -> np.ndarray:
-        """Log density of each value at the old and at the new level: [values, 2, grid]. The constant is left out."""
+        """[values, 2, grid] log density of each value at the old and at the new level, without the constant."""
         z = (values[:, None, None, None, None] - self._levels) * np.exp(-self._log_scale)
         return -(DEGREES + 1) / 2 * np.log1p(z * z / DEGREES) - self._log_scale
 
@@ -178,19 +180,19 @@ class Search:
         joint = np.exp(log - log.max())
         self._joint = joint / joint.sum()
 
-    # -- what is asked ------------------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------------
     @property
     def posterior(self) -> np.ndarray:
         """[n] probabilities that a commit is the first with the new level; that of commit 0 is 0."""
         return np.concatenate([[0.0], self._joint.sum(axis=(1, 2, 3))])
 
     def groups(self) -> list[tuple[int, int]]:
-        """(first, last) of the hypotheses that can be told apart: c and c + 1 cannot if commit c is skipped."""
+        """(first, last) of each range that can be distinguished. c and c + 1 cannot if commit c is skipped."""
         edges = [c for c in range(1, self.n) if c not in self.skipped]
         return list(zip([1] + [c + 1 for c in edges[:-1]], edges))
 
-    def answer(self) -> Answer:
-        """What the samples say so far."""
+    def result(self) -> SearchResult:
+        """The most probable range, and the change, given the samples so far."""
         posterior = self.posterior
         mass = {group: float(posterior[group[0] : group[1] + 1].sum()) for group in self.groups()}
         first, last = max(mass, key=lambda group: mass[group])
@@ -199,14 +201,16 @@ class Search:
         points, change = self._axes[1], self._joint.sum(axis=(0, 1, 3))
         below = np.cumsum(change) - change / 2
         low, high = np.interp([(1 - CREDIBLE) / 2, (1 + CREDIBLE) / 2], below, points)
-        return Answer(
+        return SearchResult(
             first, last, mass[first, last], sorted(map(int, order[:needed])), float(change @ points),
             (float(low), float(high)), self.samples, mass[first, last] >= self.confidence,
         )  # fmt: skip
 
     def next(self) -> int:
-        """The commit whose next sample is expected to leave the least entropy; of equals, that nearest to the middle
-        of the probability."""
+        """The commit whose next sample is expected to leave the least entropy.
+
+        Of several such commits, the one nearest to the median of the posterior.
+        """
         gain = self._information()
         gain[sorted(self.skipped)] = -1.0
         best = np.flatnonzero(gain >= gain.max() - 1e-9)
@@ -214,26 +218,29 @@ class Search:
         return int(best[np.argmin(np.abs(best - middle + 0.5))])
 
     def _information(self) -> np.ndarray:
-        """[n] expected loss of the entropy of c, in nats, by one sample of each commit.
+        """[n] expected decrease of the entropy of c, in nats, by one sample y of each commit j.
 
-        A sample of commit j is drawn from the new level under every c <= j, from the old one under the others. So with
-        p[c, y] for both, all commits share their sums over c: two cumulated sums instead of a loop over j.
+            information[j] = H(c) - sum over y of p(y) H(c | y) = H(c) + sum over c, y of p(c, y) log(p(c, y) / p(y))
+
+        A sample of commit j is drawn from the new level if c <= j, and from the old one otherwise. With new[c, y] and
+        old[c, y], the joint probabilities p(c, y) at both levels, the sums over c for all j are cumulative sums.
         """
         base, change, log_scale = self._axes
         wide = 3 * np.exp(log_scale[len(log_scale) // 2])
         middle = base[len(base) // 2]
         y = np.linspace(middle - wide, middle + max(0.0, change[len(change) // 2]) + wide, OUTCOMES)
         density = np.exp(self._density(y)).reshape(OUTCOMES, 2, -1)
-        density /= density.sum(axis=0)  # over y: outcomes of probability 1 in all, whatever the truth
+        density /= density.sum(axis=0)  # over y: the outcomes have a total probability of 1
         joint = self._joint.reshape(self.n - 1, -1)
-        # p[c, y]. Not a product of matrices: BLAS would start threads for it, on machines that are busy measuring.
+        # [n - 1, OUTCOMES]: p(c, y). einsum, as BLAS would start threads on a machine that is measuring.
         old, new = (np.einsum("cg,yg->cy", joint, density[:, level]) for level in (0, 1))
 
         def upto(p: np.ndarray) -> np.ndarray:  # sums over c <= j, for j = 0 .. n - 1
             return np.concatenate([np.zeros((1, OUTCOMES)), np.cumsum(p, axis=0)])
 
-        total, inside = upto(new) + old.sum(0) - upto(old), upto(_xlogx(new)) + _xlogx(old).sum(0) - upto(_xlogx(old))
-        left = (_xlogx(total) - inside).sum(1)
+        p_y = upto(new) + old.sum(0) - upto(old)  # [j, y]: new for c <= j, old for the others
+        p_log_p = upto(_xlogx(new)) + _xlogx(old).sum(0) - upto(_xlogx(old))  # [j, y]: sum over c
+        left = (_xlogx(p_y) - p_log_p).sum(1)  # [j]: sum over y of p(y) H(c | y)
         return -_xlogx(joint.sum(1)).sum() - left
 
 
@@ -250,37 +257,38 @@ def find(
     budget: int = 1000,
     each: int = 1,
     least: float = 0.0,
-    told: Callable[[Search], None] = lambda search: None,
-) -> tuple[Ends, Answer | None]:
-    """Both ends, then the search. measure(commit, k) gives k log ratios to commit 0, or None if it cannot be measured.
+    progress: Callable[[Search], None] = lambda search: None,
+) -> tuple[Ends, SearchResult | None]:
+    """Compare both ends, then search for the culprit. The result is None if the ends do not differ clearly.
 
-    At most `budget` samples, `each` at a time; told is called after each step. The answer is None if the ends do not
-    differ clearly. Deterministic in what measure answers: a search that was interrupted goes on by asking again.
+    measure(commit, k) returns k log ratios to commit 0, or None if the commit cannot be measured. It is called for
+    `each` samples at a time, and for at most `budget` samples. `progress` is called after each step. The search depends
+    on the values of `measure` alone: the same values lead to the same requests, so that a log can resume it.
     """
     if budget < LEAST_BUDGET:
         raise ValueError(f"budget={budget}: {LEAST_BUDGET} samples or more, or the ends cannot be compared")
     good, bad = list(_must(measure, 0, LOOKS[0] // 2)), []  # type: list[float], list[float]
-    found = Ends(False, True, 1.0, 0.0, float("inf"), len(good))
+    compared = Ends(False, True, 1.0, 0.0, float("inf"), len(good))
     for look in LOOKS:
-        if not found.more or len(good) + look > budget:
+        if not compared.more or len(good) + look > budget:
             break
         bad += _must(measure, n - 1, look - len(bad))
         good += _must(measure, 0, look // 2 - len(good))
-        found = ends(good, bad, least)
-    if not found.differ:
-        return found, None
+        compared = ends(good, bad, least)
+    if not compared.differ:
+        return compared, None
     search = Search(n, weights, confidence)
     search.add(0, good)
     search.add(n - 1, bad)
-    while not search.answer().certain and search.samples + each <= budget:
+    while not search.result().certain and search.samples + each <= budget:
         commit = search.next()
         values = measure(commit, each)
         if values is None:
             search.skip(commit)
         else:
             search.add(commit, values)
-        told(search)
-    return found, search.answer()
+        progress(search)
+    return compared, search.result()
 
 
 def _must(measure: Measure, commit: int, k: int) -> list[float]:

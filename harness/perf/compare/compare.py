@@ -1,8 +1,8 @@
-"""Two versions of the kernels, compared: first what is exact, then time.
+"""Compare two versions of the kernels: first correctness, then exact metrics, then times.
 
-    question: case, backend, metrics -> verdict on both sides -> exact metrics, once a side -> timed metrics: trials
+    request: case, backend, metrics -> verdict on both sides -> exact metrics, once a side -> timed metrics: trials
 
-A case that is not correct on both sides has no speed. Trials are sampled in generations of three processes until
+A case is timed only if it is correct on both sides. Trials are sampled in generations of three processes, until the
 statistics decide (perf/compare/statistics.py) or the budget is spent.
 """
 
@@ -17,19 +17,20 @@ from typing import Any
 
 from harness.perf.compare import statistics
 from harness.perf.compare.statistics import IMPROVED, LOOKS, ORDERS, REGRESSED, SAME, SIDES, UNDECIDED, Estimate, Levels
+from harness.perf.count.differences import differences
 from harness.perf.metrics import METRICS, TARGETS
 from harness.perf.versions.checkout import WORKTREE, Checkouts, Worker, WorkerError, first_line
+from harness.results.verdict import CORRECT
 
 NOT_COMPARED = "not compared"
-GOOD = ("passed", "mistrusted")
-ROUNDS = 3  #: of blocks in a generation, each round in all orders: many short blocks, as what disturbs comes in bursts
-BLOCK_SECONDS = 0.02  #: of samples of one side in one block
-SAMPLES = (3, 20)  #: in one block of one side: at least, at most
+ROUNDS = 3  #: of blocks in a generation, each round in all orders: many short blocks, as disturbances come in bursts
+BLOCK_SECONDS = 0.02  #: time of the samples of one side in one block
+SAMPLES = (3, 20)  #: least and most samples of one side in one block
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is compared: names of METRICS for a case (descriptor) on a backend (as --backend names it)."""
+class ComparisonRequest:
+    """The metrics to compare, by name, for a case (descriptor) on a backend (as --backend names it)."""
 
     case: str
     backend: str
@@ -38,50 +39,52 @@ class Question:
 
 @dataclass
 class Comparison:
-    """One metric of one question, answered. The metric "correct" has statuses for values, others numbers or None."""
+    """The result for one metric of a request. Values of the metric "correct" are statuses, others numbers or None."""
 
     case: str
     backend: str
     metric: str
-    verdict: str  #: regressed, improved, same, undecided, not compared
+    outcome: str  #: regressed, improved, same, undecided, not compared
     base: Any = None
     head: Any = None
     remarks: list[str] = field(default_factory=list)
-    estimate: Estimate | None = None  #: of timed metrics
-    detectable: float | None = None  #: the least relative change that would have been found
+    estimate: Estimate | None = None  #: of a timed metric
+    detectable: float | None = None  #: the least relative change that would have been detected
     samples: int = 0  #: of each side
     seconds: float = 0.0
 
     def record(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return asdict(self)
+        """Ready for JSON, where the outcome has the key "verdict"."""
+        return {"verdict" if name == "outcome" else name: value for name, value in asdict(self).items()}
 
 
 class Side:
-    """One version, asked by one process at a time: a new one after each that died."""
+    """One version and its worker process. If the process dies, the next request starts a new one."""
 
     def __init__(self, checkouts: Checkouts, commit: str, device: str) -> None:
         self.checkouts, self.commit, self.device = checkouts, commit, device
-        self.environment: dict[str, Any] = {}  #: of the first process that answered
+        self.environment: dict[str, Any] = {}  #: of the first process that answers
         self._worker: Worker | None = None
 
     def start(self) -> Worker:
+        """The worker, started if there is none."""
         if self._worker is None or not self._worker.alive:
             self._worker = self.checkouts.worker(self.commit, self.device)
         return self._worker
 
-    def ask(self, question: str, **fields: Any) -> dict[str, Any]:
-        """As Worker.ask."""
+    def ask(self, request: str, **fields: Any) -> dict[str, Any]:
+        """The worker's answer, as of Worker.ask."""
         worker = self.start()
         self.environment = self.environment or worker.ask("hello")
-        return worker.ask(question, **fields)
+        return worker.ask(request, **fields)
 
     def ready(self) -> None:
-        """Returns when the process answers, or cannot: then the next question says why."""
+        """Wait until the process answers. If it cannot, the next request raises the error."""
         with suppress(WorkerError):
             self.ask("hello")
 
     def close(self) -> None:
+        """End the worker."""
         if self._worker is not None:
             self._worker.close()
             self._worker = None
@@ -89,7 +92,7 @@ class Side:
 
 @contextmanager
 def started(*sides: Side) -> Iterator[None]:
-    """The sides' processes, all starting at once, ended with the context."""
+    """Start the processes of all sides at once, and end them with the context."""
     try:
         for side in sides:
             side.start()
@@ -102,84 +105,95 @@ def started(*sides: Side) -> Iterator[None]:
 
 
 def compare(
-    base: Side, head: Side, questions: Sequence[Question], budget: float, threshold: float, tell: Callable[[str], None]
+    base: Side,
+    head: Side,
+    requests: Sequence[ComparisonRequest],
+    budget: float,
+    threshold: float,
+    progress: Callable[[str], None],
 ) -> list[Comparison]:
-    """The answers, in the order of the questions. budget: seconds from now, after which no look is begun but the first;
-    threshold: the relative change of time that counts, 0.01 for 1 %. tell: is told of progress, a line each."""
+    """The comparisons, in the order of the requests.
+
+    budget: seconds from now; no look but the first begins after that. threshold: the relative change of time that
+    counts, 0.01 for 1 %. progress: called with a line of progress.
+    """
     begun = time.monotonic()
     rows: list[Comparison] = []
     trials: list[Trial] = []
     with started(base, head):
-        for number, question in enumerate(questions, 1):
-            tell(f"{number} of {len(questions)}: {question.case} on {question.backend}")
-            found = exact(base, head, question)
-            rows += found
-            if found[0].base in GOOD and found[0].head in GOOD:
-                asked = [Trial(question, name) for name in question.metrics if not METRICS[name].exact]
-                for trial in asked:
+        for number, request in enumerate(requests, 1):
+            progress(f"{number} of {len(requests)}: {request.case} on {request.backend}")
+            correct, *counted = exact(base, head, request)
+            rows += [correct, *counted]
+            if correct.base in CORRECT and correct.head in CORRECT:
+                timed = [Trial(request, name) for name in request.metrics if not METRICS[name].exact]
+                for trial in timed:
                     trial.attempt({"base": base, "head": head}, 0)
-                trials += asked
+                trials += timed
     again = Side(base.checkouts, base.commit, base.device)
-    measure(trials, {"base": base, "again": again, "head": head}, begun + budget, threshold, tell)
-    places = {(q.case, q.backend): n for n, q in enumerate(questions)}
+    measure(trials, {"base": base, "again": again, "head": head}, begun + budget, threshold, progress)
+    places = {(request.case, request.backend): n for n, request in enumerate(requests)}
     return sorted(rows + [trial.row() for trial in trials], key=lambda row: places[row.case, row.backend])
 
 
 # -- exact ------------------------------------------------------------------------------------------------------------
-def exact(base: Side, head: Side, question: Question) -> list[Comparison]:
-    """The row of "correct", always, and those of the question's exact metrics if both sides are."""
-    correct = _correctness(question, *(_status(side, question) for side in (base, head)))
-    names = [name for name in question.metrics if METRICS[name].source in ("structure", "compiled")]
-    if not names or correct.base not in GOOD or correct.head not in GOOD:
+def exact(base: Side, head: Side, request: ComparisonRequest) -> list[Comparison]:
+    """The comparison of "correct", and those of the request's exact metrics if both sides are correct."""
+    correct = _correctness(request, *(_status(side, request) for side in (base, head)))
+    names = [name for name in request.metrics if METRICS[name].source in ("structure", "compiled")]
+    if not names or correct.base not in CORRECT or correct.head not in CORRECT:
         return [correct]
     targets = TARGETS if any(METRICS[name].source == "compiled" for name in names) else ()
     records: list[dict[str, Any] | WorkerError] = []
     for side in (base, head):
         try:
-            records.append(side.ask("structure", case=question.case, backend=question.backend, targets=targets))
+            records.append(side.ask("structure", case=request.case, backend=request.backend, targets=targets))
         except WorkerError as error:
             records.append(error)
-    return [correct, *_counted(question, names, *records)]
+    return [correct, *_counted(request, names, *records)]
 
 
-def _status(side: Side, question: Question) -> tuple[str, str]:
-    """The verdict's status, or the kind of WorkerError; and the reason."""
+def _status(side: Side, request: ComparisonRequest) -> tuple[str, str]:
+    """(status of the verdict, or kind of the WorkerError; reason)"""
     try:
-        record = side.ask("verdict", case=question.case, backend=question.backend)
+        record = side.ask("verdict", case=request.case, backend=request.backend)
     except WorkerError as error:
         return error.kind, error.message
     return record["status"], record["reason"]
 
 
-def _correctness(question: Question, base: tuple[str, str], head: tuple[str, str]) -> Comparison:
-    row = Comparison(question.case, question.backend, "correct", SAME, base[0], head[0])
-    row.remarks = [f"{s} at {at}: {first_line(w)}" for (s, w), at in ((base, "BASE"), (head, "HEAD")) if s not in GOOD]
-    good = base[0] in GOOD, head[0] in GOOD
+def _correctness(request: ComparisonRequest, base: tuple[str, str], head: tuple[str, str]) -> Comparison:
+    row = Comparison(request.case, request.backend, "correct", SAME, base[0], head[0])
+    row.remarks = [
+        f"{s} at {at}: {first_line(w)}" for (s, w), at in ((base, "BASE"), (head, "HEAD")) if s not in CORRECT
+    ]
+    good = base[0] in CORRECT, head[0] in CORRECT
     if good == (True, False):
-        row.verdict = REGRESSED  # wrong, or no longer there
+        row.outcome = REGRESSED  # wrong, or no longer there
     elif good == (False, True):
-        row.verdict = NOT_COMPARED if base[0] == "unsupported" else IMPROVED
+        row.outcome = NOT_COMPARED if base[0] == "unsupported" else IMPROVED
     elif good == (False, False):
-        row.verdict = NOT_COMPARED
+        row.outcome = NOT_COMPARED
         if base[0] == "unsupported" != head[0]:
-            row.verdict = REGRESSED  # newly claimed, and wrong
+            row.outcome = REGRESSED  # newly claimed, and wrong
     return row
 
 
 def _counted(
-    question: Question, names: Iterable[str], base: dict[str, Any] | WorkerError, head: dict[str, Any] | WorkerError
+    request: ComparisonRequest,
+    names: Iterable[str],
+    base: dict[str, Any] | WorkerError,
+    head: dict[str, Any] | WorkerError,
 ) -> list[Comparison]:
-    """Numbers that are exact: any that is worse is a regression, whatever its size."""
-    from harness.perf.count.differences import differences
-
+    """Compare exact metrics: a value that is worse by any amount is a regression."""
     rows = []
     for name in names:
-        row = Comparison(question.case, question.backend, name, NOT_COMPARED)
+        row = Comparison(request.case, request.backend, name, NOT_COMPARED)
         row.base, row.head = (None if isinstance(r, WorkerError) else r["metrics"].get(name) for r in (base, head))
         if row.base is not None and row.head is not None:
-            row.verdict = _exact_verdict(name, row.base, row.head)
+            row.outcome = _exact_outcome(name, row.base, row.head)
         elif row.base is not None:
-            row.verdict = REGRESSED
+            row.outcome = REGRESSED
         rows.append(row)
     remarks = [
         f"{error.kind} at {at}: {first_line(error.message)}"
@@ -189,13 +203,13 @@ def _counted(
     if not isinstance(base, WorkerError) and not isinstance(head, WorkerError):
         remarks = differences(base, head)
         remarks += [f"{r.metric}: not known at BASE or at HEAD" for r in rows if r.base is None or r.head is None]
-    changed = [row for row in rows if row.verdict != SAME]
+    changed = [row for row in rows if row.outcome != SAME]
     if changed:
         changed[-1].remarks = remarks
     return rows
 
 
-def _exact_verdict(name: str, base: float, head: float) -> str:
+def _exact_outcome(name: str, base: float, head: float) -> str:
     if base == head:
         return SAME
     return REGRESSED if (head > base) == METRICS[name].higher_is_worse else IMPROVED
@@ -203,25 +217,26 @@ def _exact_verdict(name: str, base: float, head: float) -> str:
 
 # -- timed ------------------------------------------------------------------------------------------------------------
 class Trial:
-    """One timed metric of one question, while it is sampled."""
+    """One timed metric of one request, while it is sampled."""
 
-    def __init__(self, question: Question, metric: str) -> None:
-        self.question, self.metric = question, metric
-        self.answer = UNDECIDED
+    def __init__(self, request: ComparisonRequest, metric: str) -> None:
+        self.request, self.metric = request, metric
+        self.outcome = UNDECIDED
         self.levels: list[Levels] = []
         self.samples: dict[str, list[float]] = {side: [] for side in SIDES}
         self.estimate: Estimate | None = None
         self.detectable: float | None = None
         self.seconds = 0.0
-        self.status: dict[str, str] = {}  #: by BASE and HEAD, why they have no time
+        self.status: dict[str, str] = {}  #: by "BASE" and "HEAD": the kind of error of a side without times
         self.remarks: list[str] = []
 
     @property
     def open(self) -> bool:
-        return self.answer == UNDECIDED
+        """Whether it needs more samples."""
+        return self.outcome == UNDECIDED
 
     def generation(self, sides: dict[str, Side]) -> None:
-        """One generation more; each side's process is one that this trial has not seen."""
+        """Sample one more generation. Each side has a process that is new to this trial."""
         begun = time.monotonic()
         self.attempt(sides, 1)
         if self.open and (blocks := self._blocks(sides)):
@@ -232,12 +247,12 @@ class Trial:
         self.seconds += time.monotonic() - begun
 
     def attempt(self, sides: dict[str, Side], count: int) -> None:
-        """The first samples of these processes, thrown away: each judges the case, prepares, compiles and warms up."""
+        """Request and drop `count` samples, for which each process judges the case, prepares, compiles and warms up."""
         for name, side in sides.items():
             self._ask(name, side, count)
 
     def _blocks(self, sides: dict[str, Side]) -> list[dict[str, list[float]]]:
-        """The blocks of a generation; none if a side failed."""
+        """The blocks of a generation; none if a side fails."""
         least, most = SAMPLES
         begun = time.monotonic()
         self._ask("base", sides["base"], least)
@@ -251,20 +266,20 @@ class Trial:
         return blocks
 
     def _ask(self, name: str, side: Side, count: int) -> list[float]:
-        """Samples. What BASE cannot do is not compared; what HEAD alone cannot do is worse than slow."""
-        case, backend = self.question.case, self.question.backend
+        """Samples of one side. An error of HEAD alone is a regression; with an error of BASE nothing is compared."""
+        case, backend = self.request.case, self.request.backend
         try:
             return side.ask("time", case=case, backend=backend, metric=self.metric, samples=count)["samples"]
         except WorkerError as error:
             at = "HEAD" if name == "head" else "BASE"
-            self.answer = REGRESSED if at == "HEAD" and self.open else NOT_COMPARED
+            self.outcome = REGRESSED if at == "HEAD" and self.open else NOT_COMPARED
             self.status[at] = error.kind
             self.remarks.append(f"{error.kind} at {at}: {first_line(error.message)}")
             return []
 
     def row(self) -> Comparison:
-        """What came of it."""
-        row = Comparison(self.question.case, self.question.backend, self.metric, self.answer, remarks=self.remarks)
+        """The result so far."""
+        row = Comparison(self.request.case, self.request.backend, self.metric, self.outcome, remarks=self.remarks)
         if self.levels:
             row.base = median(self.samples["base"] + self.samples["again"])
             row.head = median(self.samples["head"])
@@ -275,9 +290,9 @@ class Trial:
 
 
 def measure(
-    trials: Sequence[Trial], sides: dict[str, Side], deadline: float, threshold: float, tell: Callable[[str], None]
+    trials: Sequence[Trial], sides: dict[str, Side], deadline: float, threshold: float, progress: Callable[[str], None]
 ) -> None:
-    """Sample the trials until each is answered or no further look fits before the deadline (time.monotonic)."""
+    """Sample the trials until each is decided, or until no further look fits before the deadline (time.monotonic)."""
     done, took = 0, 0.0
     for look, due in enumerate(LOOKS):
         ongoing = [trial for trial in trials if trial.open]
@@ -285,7 +300,7 @@ def measure(
             break
         while done < due and ongoing:
             done += 1
-            tell(f"generation {done} of {due}: {len(ongoing)} timed, until they are answered")
+            progress(f"generation {done} of {due}: {len(ongoing)} timed, until they are answered")
             begun = time.monotonic()
             with started(*(sides[side] for side in SIDES)):
                 for trial in ongoing:
@@ -296,43 +311,43 @@ def measure(
 
 
 def judge(trials: Iterable[Trial], look: int, threshold: float) -> None:
-    """What this look makes of the trials; those that could not be sampled are no hypotheses."""
+    """Decide trials at a look. A trial without samples is no hypothesis."""
     trials = list(trials)
     for trial in trials:
         if trial.open:
             trial.estimate = statistics.estimate(trial.levels, look)
     sampled = [(trial, trial.estimate) for trial in trials if trial.estimate]
-    answers = statistics.judge([e for _, e in sampled], [trial.answer for trial, _ in sampled], look, threshold)
-    for (trial, estimate), answer in zip(sampled, answers, strict=True):
+    outcomes = statistics.judge([e for _, e in sampled], [trial.outcome for trial, _ in sampled], look, threshold)
+    for (trial, estimate), outcome in zip(sampled, outcomes, strict=True):
         if trial.open:
             trial.detectable = statistics.detectable(estimate, len(sampled), look, threshold)
-        trial.answer = answer
+        trial.outcome = outcome
 
 
 # -- about the whole --------------------------------------------------------------------------------------------------
 def exit_code(rows: Iterable[Comparison]) -> int:
-    """0: all the same or improved. 1: something regressed. 3: neither, as something, or everything, stayed open."""
+    """0: every metric is the same or improved. 1: one regressed. 3: one is undecided or wrong, or none was compared."""
     rows = list(rows)
-    verdicts = [row.verdict for row in rows]
-    if REGRESSED in verdicts:
+    outcomes = [row.outcome for row in rows]
+    if REGRESSED in outcomes:
         return 1
-    wrong = any(row.verdict == NOT_COMPARED and (_wrong(row.base) or _wrong(row.head)) for row in rows)
-    return 3 if UNDECIDED in verdicts or wrong or not {SAME, IMPROVED} & set(verdicts) else 0
+    wrong = any(row.outcome == NOT_COMPARED and (_wrong(row.base) or _wrong(row.head)) for row in rows)
+    return 3 if UNDECIDED in outcomes or wrong or not {SAME, IMPROVED} & set(outcomes) else 0
 
 
 def _wrong(status: Any) -> bool:
-    return isinstance(status, str) and status not in (*GOOD, "unsupported")
+    return isinstance(status, str) and status not in (*CORRECT, "unsupported")
 
 
 def identical(checkouts: Checkouts, base: str, head: str, folder: str) -> bool:
-    """Whether both sides have the same files in a folder of the repository ("" for all of it)."""
+    """Whether both sides have the same files in a folder of the repository, or everywhere if it is ""."""
 
     def tree(commit: str) -> str | None:
         if commit == WORKTREE:
             if checkouts.git("status", "--porcelain", "--", folder or ".").stdout.strip():
                 return None
             commit = "HEAD"
-        found = checkouts.git("rev-parse", f"{commit}:{folder}")
-        return None if found.returncode else found.stdout.strip()
+        done = checkouts.git("rev-parse", f"{commit}:{folder}")
+        return None if done.returncode else done.stdout.strip()
 
     return tree(base) is not None and tree(base) == tree(head)

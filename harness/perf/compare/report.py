@@ -7,58 +7,65 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from harness.base import table
+from harness.base.text import number
 from harness.perf.compare.compare import Comparison
+from harness.perf.compare.statistics import REGRESSED, SAME, UNDECIDED
 from harness.perf.metrics import METRICS
 
-# -- in words ---------------------------------------------------------------------------------------------------------
+WIDTH = 120
 HEADING = ("", "BASE", "HEAD", "change", "", "floor", "finds", "samples", "time")
-WIDTHS = (18, 12, 12, 29, 13, 8, 8, 9, 8)
+WIDTHS = (18, 11, 11, 28, 12, 7, 7, 8, 7)  #: at least, of the columns
+Groups = list[tuple[tuple[str, str], list[Comparison], str]]
 
 
-def table(rows: Iterable[Comparison]) -> list[str]:
-    """For people, 120 columns: a line for each case and backend, and for each metric but what is exactly the same."""
-    lines = [_line(HEADING)]
-    for (case, backend), told, same in _told(rows):
-        heading = f"{case} on {backend}" + (f": the same in {same}" if same else "")
-        lines += textwrap.wrap(heading, 120, subsequent_indent="  ", break_on_hyphens=False)
-        for row in told:
-            lines.append(_line(_cells(row)))
-            lines += [f"      {remark}"[:120] for remark in row.remarks]
+def table_lines(rows: Iterable[Comparison]) -> list[str]:
+    """A heading for each case and backend, and below it a line for each metric that changed or is timed."""
+    groups = _groups(rows)
+    cells = [HEADING, *(_cells(row) for _, shown, _ in groups for row in shown)]
+    heading, *metrics = table.aligned(cells, range(1, len(HEADING)), gap=1, indent=2, widths=WIDTHS)
+    lines, metric_lines = [heading], iter(metrics)
+    for (case, backend), shown, same in groups:
+        title = f"{case} on {backend}" + (f": the same in {same}" if same else "")
+        lines += textwrap.wrap(title, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        for row in shown:
+            lines.append(next(metric_lines))
+            lines += [f"      {remark}"[:WIDTH] for remark in row.remarks]
     return lines
 
 
-def markdown(rows: Iterable[Comparison]) -> list[str]:
-    """The same as a table of Markdown."""
-    heading = ("case", "backend", "metric", "BASE", "HEAD", "change", "verdict", *HEADING[5:], "remarks")
-    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
-    for (case, backend), told, same in _told(rows):
-        tails = [[*_cells(row), "; ".join(row.remarks)] for row in told]
-        tails += [[same, "", "", "", "same", "", "", "", "", ""]] if same else []
-        for words in tails:
-            words[4] = f"**{words[4]}**" if words[4] == "regressed" else words[4]
-            escaped = (word.replace("|", "\\|") for word in (case, backend, *words))
-            lines.append(f"| {' | '.join(escaped)} |")
-    return lines
+def markdown_lines(rows: Iterable[Comparison]) -> list[str]:
+    """The same as a Markdown table."""
+    header = ("case", "backend", "metric", "BASE", "HEAD", "change", "verdict", *HEADING[5:], "remarks")
+    lines = []
+    for key, shown, same in _groups(rows):
+        for row in shown:
+            cells = _cells(row)
+            cells[4] = f"**{row.outcome}**" if row.outcome == REGRESSED else row.outcome
+            lines.append((*key, *cells, "; ".join(row.remarks)))
+        if same:
+            lines.append((*key, same, "", "", "", SAME, "", "", "", "", ""))
+    return table.markdown(header, lines)
 
 
-def _told(rows: Iterable[Comparison]) -> list[tuple[tuple[str, str], list[Comparison], str]]:
-    """By case and backend: the rows to be told one by one, and the exact metrics that are the same in a few words."""
-    found: dict[tuple[str, str], tuple[list[Comparison], list[Comparison]]] = {}
+def _groups(rows: Iterable[Comparison]) -> Groups:
+    """By case and backend: the rows to show one by one, and a summary of the exact metrics that are the same."""
+    groups: dict[tuple[str, str], tuple[list[Comparison], list[Comparison]]] = {}
     for row in rows:
-        told, same = found.setdefault((row.case, row.backend), ([], []))
-        (same if row.verdict == "same" and METRICS[row.metric].exact else told).append(row)
-    words = []
-    for key, (told, same) in found.items():
+        shown, same = groups.setdefault((row.case, row.backend), ([], []))
+        (same if row.outcome == SAME and METRICS[row.metric].exact else shown).append(row)
+    summaries = []
+    for key, (shown, same) in groups.items():
         counted = sum(row.metric != "correct" for row in same)
         parts = ["correctness"] if len(same) > counted else []
-        parts += [f"{counted} counted metric{'s' if counted > 1 else ''}"] if counted else []
-        words.append((key, told, " and ".join(parts)))
-    return words
+        parts += [number(counted, "counted metric")] if counted else []
+        summaries.append((key, shown, " and ".join(parts)))
+    return summaries
 
 
 def _cells(row: Comparison) -> list[str]:
     e = row.estimate
-    cells = [row.metric, _value(row.base, row.metric), _value(row.head, row.metric), "", row.verdict, "", "", "", ""]
+    cells = [row.metric, _value(row.base), _value(row.head), "", row.outcome, "", "", "", ""]
     if e and row.detectable is not None:
         cells[3] = f"{100 * e.change:+.1f} % ({100 * e.low:+.1f} to {100 * e.high:+.1f})"
         cells[5], cells[6] = f"{100 * e.floor:.1f} %", f"{100 * row.detectable:.1f} %"
@@ -70,25 +77,20 @@ def _cells(row: Comparison) -> list[str]:
     return cells
 
 
-def _value(value: Any, metric: str) -> str:
+def _value(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.1f} us" if isinstance(value, float) else str(value)
 
 
-def _line(cells: Iterable[str]) -> str:
-    first, *others = cells
-    return (f"  {first:{WIDTHS[0]}}" + "".join(f"{c:>{w}}" for c, w in zip(others, WIDTHS[1:]))).rstrip()
-
-
-def summed_up(rows: list[Comparison], seconds: float) -> list[str]:
-    """The totals, and what the timed part could have found."""
-    counts = Counter(row.verdict for row in rows)
-    told = ", ".join(
-        f"{counts[v]} {v}" for v in ("regressed", "improved", "undecided", "same", "not compared") if counts[v]
+def total_lines(rows: list[Comparison], seconds: float) -> list[str]:
+    """The totals, the change that the timed metrics would have shown, and the noise floor."""
+    counts = Counter(row.outcome for row in rows)
+    outcomes = ", ".join(
+        f"{counts[o]} {o}" for o in ("regressed", "improved", "undecided", "same", "not compared") if counts[o]
     )
-    lines = [f"{len(rows)} metrics in {seconds:.0f} s: {told}."]
-    limits = [row.detectable for row in rows if row.detectable is not None and row.verdict in ("same", "undecided")]
+    lines = [f"{len(rows)} metrics in {seconds:.0f} s: {outcomes}."]
+    limits = [row.detectable for row in rows if row.detectable is not None and row.outcome in (SAME, UNDECIDED)]
     if limits:
         lines.append(
             f"In {len(limits)} timed as same or undecided, a change of {100 * max(limits):.1f} % would have been found "

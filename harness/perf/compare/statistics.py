@@ -1,20 +1,20 @@
-"""Is HEAD slower than BASE? What samples say, with what error: pure functions over numbers.
+"""Is HEAD slower than BASE? Estimates from samples, and their errors: pure functions over numbers.
 
-The unit is a process: its memory layout shifts all that it measures (T. Mytkowicz et al., "Producing Wrong Data Without
-Doing Anything Obviously Wrong!", ASPLOS 2009), so a thousand samples of one process are no more than one observation. A
+The unit of observation is a process. Its memory layout shifts all its times (T. Mytkowicz et al., "Producing Wrong Data
+Without Doing Anything Obviously Wrong!", ASPLOS 2009), so a thousand samples of one process are one observation. A
 *generation* is three processes: BASE, BASE again and HEAD. They are sampled in turn, in *blocks* of all six orders, so
-that drift meets each alike. In a generation, a side's *level* is the median over its blocks of
+that drift affects all three equally. In a generation, the *level* of a side is the median over its blocks of
 
-    log(median of its samples) - mean over the sides of the same
+    log(median of its samples) - mean of that logarithm over the sides
 
-and levels follow a randomized block design with two treatments (D. Montgomery, Design and Analysis of Experiments,
-chapter 4): level = generation + effect [HEAD only] + process. What two processes of BASE differ by is noise for
-certain: it tells the spread of processes, along with HEAD's, and is the noise floor.
+Levels follow a randomized block design with two treatments (D. Montgomery, Design and Analysis of Experiments,
+chapter 4): level = generation + effect [HEAD only] + process. The difference between two processes of BASE is noise. It
+gives the spread of processes, together with HEAD's, and the noise floor.
 
-A comparison is looked at after LOOKS generations, and ends for a case at the first look that answers it. The error
-allowed is spent over the looks by Pocock's function (K. Lan and D. DeMets, Biometrika 70, 1983, p. 659). Each look has
-an increment of its own to use, so the sum bounds the error however much the looks have in common. At a look the false
-discovery rate over all cases is controlled (Y. Benjamini and Y. Hochberg, J. R. Stat. Soc. B 57, 1995, p. 289).
+There is a look after each of LOOKS generations. A case ends at the first look that decides it. Pocock's function spends
+the allowed error over the looks (K. Lan and D. DeMets, Biometrika 70, 1983, p. 659). Each look has an increment of its
+own, so the sum bounds the error for any correlation of the looks. At a look the false discovery rate over all cases is
+controlled (Y. Benjamini and Y. Hochberg, J. R. Stat. Soc. B 57, 1995, p. 289).
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from itertools import permutations
 from statistics import fmean, median
 
 SIDES = ("base", "again", "head")
-ORDERS = tuple(
-    permutations(SIDES)
-)  #: of the blocks in a generation: each side is first, and after each other, as often
+#: Of the blocks in a generation. Each side is first, and follows each other side, equally often.
+ORDERS = tuple(permutations(SIDES))
 LOOKS = (3, 6, 12)  #: generations after which there is a look
 ALPHA = 0.005  #: false discovery rate of all looks together, for regressions and for improvements each
-MISSED = 0.05  #: error of each bound of the interval, all looks together; so also of "same"
+MISSED = 0.05  #: error of each bound of the interval, all looks together, and therefore of "same"
 POWER = 0.8  #: with which the detectable effect is found
 
 REGRESSED, IMPROVED, SAME, UNDECIDED = "regressed", "improved", "same", "undecided"
@@ -42,7 +41,7 @@ Levels = tuple[float, float, float]  #: of base, again, head: logarithms, sum 0
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a case's generations say. Changes are relative: 0.03 is 3 % slower."""
+    """The change of one timed metric, from all its generations. Changes are relative: 0.03 is 3 % slower."""
 
     change: float  #: of HEAD against BASE
     low: float  #: bounds of the change, each wrong with probability MISSED at most
@@ -56,7 +55,7 @@ class Estimate:
 
 
 def levels(blocks: Sequence[Mapping[str, Sequence[float]]]) -> Levels:
-    """The levels of a generation from its blocks: side -> samples, in any unit, above 0."""
+    """The levels of a generation. blocks: side -> samples, in any unit, above 0."""
     centred = []
     for block in blocks:
         logs = [math.log(median(block[side])) for side in SIDES]
@@ -68,7 +67,7 @@ def levels(blocks: Sequence[Mapping[str, Sequence[float]]]) -> Levels:
 
 
 def share(look: int) -> float:
-    """The part of the allowed error that look 0, 1, ... may use: the increment of ln(1 + (e - 1) t), t from 0 to 1."""
+    """The part of the allowed error for look 0, 1, ...: the increment of ln(1 + (e - 1) t), t from 0 to 1."""
 
     def spent(generations: int) -> float:
         return math.log(1 + (math.e - 1) * generations / LOOKS[-1])
@@ -76,18 +75,19 @@ def share(look: int) -> float:
     return spent(LOOKS[look]) - (spent(LOOKS[look - 1]) if look else 0.0)
 
 
-def estimate(found: Sequence[Levels], look: int) -> Estimate:
-    """The change of HEAD against BASE from the levels of two generations or more, at this look.
+def estimate(generations: Sequence[Levels], look: int) -> Estimate:
+    """The change of HEAD against BASE at a look, from the levels of two generations or more (else ValueError).
 
-    Ordinary least squares. HEAD's processes may be noisier than BASE's: if they alone say so, their error is taken.
+    Ordinary least squares. HEAD's processes may be noisier than BASE's: the error is the larger of that of all
+    processes and that of the differences with HEAD alone.
     """
     from scipy.stats import t
 
-    n = len(found)
+    n = len(generations)
     if n < 2:
-        raise ValueError(f"generations={n}: two or more say how much processes differ")
-    against = [head - (base + again) / 2 for base, again, head in found]  # variance 3/2 of a process's
-    itself = [again - base for base, again, _ in found]  # variance 2 of a process's
+        raise ValueError(f"generations={n}: two or more show how much processes differ")
+    against = [head - (base + again) / 2 for base, again, head in generations]  # variance: 3/2 of that of a process
+    itself = [again - base for base, again, _ in generations]  # variance: 2 times that of a process
     effect = fmean(against)
     spread = sum((d - effect) ** 2 for d in against)
     freedom = 2 * n - 1
@@ -109,45 +109,45 @@ def estimate(found: Sequence[Levels], look: int) -> Estimate:
 
 
 def judge(estimates: Sequence[Estimate], before: Sequence[str], look: int, threshold: float) -> list[str]:
-    """The answer for each case at a look; `before`: those of the last one, of which all but undecided are kept.
+    """The outcome of each case at a look. before: the outcomes of the last look; all but undecided are kept.
 
     regressed, improved: significant among all cases, and larger than both the threshold and the noise floor.
-    same: the whole interval lies within the threshold, 0.01 for 1 %.
+    same: the whole interval lies within the threshold (0.01 is 1 %).
     """
     from scipy.stats import false_discovery_control
 
     if not estimates:
         return []
     allowed = ALPHA * share(look)
-    # A case that is known to be the same is no candidate: nor may it lend weight to others.
+    # A case that is known to be the same is no candidate, and must not lend weight to others.
     slower, faster = (
         false_discovery_control([1.0 if was == SAME else getattr(e, side) for e, was in zip(estimates, before)])
         for side in ("slower", "faster")
     )
-    answers = []
+    outcomes = []
     for e, was, p_slower, p_faster in zip(estimates, before, slower, faster, strict=True):
         least = max(threshold, e.floor)
         if was != UNDECIDED:
-            answers.append(was)
+            outcomes.append(was)
         elif p_slower <= allowed and e.change > least:
-            answers.append(REGRESSED)
+            outcomes.append(REGRESSED)
         elif p_faster <= allowed and 1 / (1 + e.change) - 1 > least:
-            answers.append(IMPROVED)
+            outcomes.append(IMPROVED)
         elif -threshold < e.low and e.high < threshold:
-            answers.append(SAME)
+            outcomes.append(SAME)
         else:
-            answers.append(UNDECIDED)
-    return answers
+            outcomes.append(UNDECIDED)
+    return outcomes
 
 
 def detectable(e: Estimate, cases: int, look: int, threshold: float) -> float:
-    """The least change that a look like this finds with POWER, were it the only one among so many cases.
+    """The least change that such a look detects with a probability of POWER if, of so many cases, no other changed.
 
     The sum of two quantiles times the standard error (H. Bloom, Evaluation Review 19, 1995, p. 547).
     """
-    found = _quantile(POWER, e.freedom) * e.error
+    power = _quantile(POWER, e.freedom) * e.error
     significant = _quantile(1 - ALPHA * share(look) / cases, e.freedom) * e.error
-    return math.expm1(found + max(significant, math.log1p(max(threshold, e.floor))))
+    return math.expm1(power + max(significant, math.log1p(max(threshold, e.floor))))
 
 
 @lru_cache(maxsize=1024)

@@ -1,8 +1,8 @@
-"""The structural baseline: what each of a few cases does, in a file that a person can read and a diff can show.
+"""The structural baseline: the counts of one call of a few cases, in a file that can be read and diffed.
 
-The file (baseline_text.py) is also the list of the cases. What is counted rests on versions: operators on torch's,
-Python functions on Python's too, machine code on Triton's. What rests on another version than the one here is not
-compared, and that is said.
+The file (baseline_file.py) is also the list of the cases. Counts depend on versions: operators on that of torch, Python
+functions on that of Python too, machine code on that of Triton. Counts that depend on a version other than the one
+installed here are not compared, and the report says so.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from harness.perf.metrics import TARGETS
 from harness.problem.case import Case
 
 PACKAGES = ("python", "torch", "triton")
-#: Parts of a record, and the packages on whose versions they rest. Launches rest on the kernels' own code alone.
-RESTS_ON = {
+#: Parts of a record, and the packages on whose versions they depend. Launches depend on the kernels' code alone.
+DEPENDS_ON = {
     "operators": ("torch",),
     "allocations": ("torch",),
     "copies": ("torch",),
@@ -38,7 +38,7 @@ RESTS_ON = {
     "functions": ("torch", "python"),
     "compiled": ("triton",),
 }
-#: Metrics that are numbers of such parts, by part.
+#: Metrics that count these parts, by part.
 METRICS_OF = {
     "operators": ("operators",),
     "allocations": ("allocations", "allocated_bytes"),
@@ -50,63 +50,64 @@ RECORDED = ("metrics", "kernels", "operators", "copies", "waits", "allocations",
 
 
 @dataclass
-class Comparison:
-    """What came of a check. changes: by case, or "compiled", in sentences. compared: cases; kernels: configurations."""
+class BaselineCheck:
+    """The result of a check against the baseline."""
 
-    fresh: Baseline
-    changes: dict[str, list[str]] = field(default_factory=dict)
-    not_compared: list[str] = field(default_factory=list)
-    compared: int = 0
-    kernels: int = 0
+    fresh: Baseline  #: the baseline as it would be accepted
+    changes: dict[str, list[str]] = field(default_factory=dict)  #: sentences, by case or "compiled"
+    not_compared: list[str] = field(default_factory=list)  #: with the reason
+    compared: int = 0  #: cases
+    kernels: int = 0  #: compiled kernel configurations that were compared
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Those of this process, without what is said about a build (2.13.0+cpu); "" for a package that is not here."""
+    """Versions without build tags (2.13.0, not 2.13.0+cpu); "" for a package that is not installed."""
     import triton
 
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    found |= {"torch": torch.__version__, "triton": triton.__version__}
+    installed = {"python": ".".join(platform.python_version_tuple()[:2])}
+    installed |= {"torch": torch.__version__, "triton": triton.__version__}
     for package in packages:
-        if package not in found:
-            found[package] = metadata.version(package) if find_spec(package) else ""
-    return {package: found[package].partition("+")[0] for package in packages}
+        if package not in installed:
+            installed[package] = metadata.version(package) if find_spec(package) else ""
+    return {package: installed[package].partition("+")[0] for package in packages}
 
 
-def compare(
+def check(
     old: Baseline, device: Device, *, compiling: bool = True, accepting: bool = False,
     progress: Callable[[str], None] = lambda line: None,
-) -> Comparison:  # fmt: skip
-    """Measure every case of the baseline and compare.
+) -> BaselineCheck:  # fmt: skip
+    """Measure every case of the baseline, and compare it.
 
-    compiling: kernels too. accepting: even if nothing can be compared with them. progress: is told what is being done.
+    compiling: also compile the kernels. accepting: compile them even if there is nothing to compare them with.
+    progress: called with a line about each step.
     """
     packages = (*PACKAGES, *dict.fromkeys(p for block in old.blocks for p in block.needs))
     here = versions(packages)
-    found = Comparison(Baseline(here))
+    result = BaselineCheck(Baseline(here))
     differing = {p for p in packages if old.versions.get(p, "") != here[p]}
-    structures: dict[str, CallCounts] = {}
+    counts: dict[str, CallCounts] = {}
     reasons: dict[str, list[Block]] = {}
     for block in old.blocks:
         progress(block.key)
-        if reason := _measure(block, device, found, structures):
+        if reason := _measure(block, device, result, counts):
             reasons.setdefault(reason, []).append(block)
         elif changed := sorted(differing & set(block.needs)):
-            reasons.setdefault(_made_with(changed, old, here), []).append(block)
-        elif block.key in structures:
-            _compare_block(block, structures[block.key], differing, found)
-    found.not_compared += [f"{_cases(blocks)} ({reason})" for reason, blocks in reasons.items()]
-    skipped = [part for part, needs in RESTS_ON.items() if differing & set(needs)]
+            reasons.setdefault(_other_versions(changed, old, here), []).append(block)
+        elif block.key in counts:
+            _compare_block(block, counts[block.key], differing, result)
+    result.not_compared += [f"{_cases(blocks)} ({reason})" for reason, blocks in reasons.items()]
+    skipped = [part for part, needs in DEPENDS_ON.items() if differing & set(needs)]
     for part in skipped:
-        changed = [p for p in RESTS_ON[part] if p in differing]
-        found.not_compared.append(f"{part} ({_made_with(changed, old, here)})")
+        changed = [p for p in DEPENDS_ON[part] if p in differing]
+        result.not_compared.append(f"{part} ({_other_versions(changed, old, here)})")
     if compiling and (accepting or "compiled" not in skipped):
-        _compile(old, structures, "compiled" not in skipped, found, progress)
+        _compile(old, counts, "compiled" not in skipped, result, progress)
     elif "compiled" not in skipped:
-        found.not_compared.append("compiled (--no-compile)")
-    return found
+        result.not_compared.append("compiled (--no-compile)")
+    return result
 
 
-def _made_with(packages: list[str], old: Baseline, here: dict[str, str]) -> str:
+def _other_versions(packages: list[str], old: Baseline, here: dict[str, str]) -> str:
     return "; ".join(f"made with {p} {old.versions.get(p) or '?'}, here {here[p] or 'none'}" for p in packages)
 
 
@@ -116,78 +117,78 @@ def _cases(blocks: list[Block]) -> str:
     return f"{len(blocks)} cases of {', '.join(dict.fromkeys(block.backend for block in blocks))}"
 
 
-def _measure(block: Block, device: Device, found: Comparison, structures: dict[str, CallCounts]) -> str:
-    """Why it is not measured, or ""."""
+def _measure(block: Block, device: Device, result: BaselineCheck, counts: dict[str, CallCounts]) -> str:
+    """Measure one case into `counts`. Returns the reason why it cannot be measured, or ""."""
     fresh = replace(block, record=None)
-    found.fresh.blocks.append(fresh)
+    result.fresh.blocks.append(fresh)
     try:
-        structure = measure(Case.parse(block.descriptor), backends.load(block.backend), device)
+        measured = measure(Case.parse(block.descriptor), backends.load(block.backend), device)
     except NotMeasured as reason:
         return str(reason)
     except NotCorrect as error:
-        found.changes[block.key] = [f"it is not answered correctly any more: {error}"]
+        result.changes[block.key] = [f"it is not answered correctly any more: {error}"]
     else:
-        structures[block.key] = structure
-        fresh.record = recorded(structure)
+        counts[block.key] = measured
+        fresh.record = recorded(measured)
     return ""
 
 
-def recorded(structure: CallCounts) -> dict[str, Any]:
-    """What the file holds of a structure."""
-    whole = structure.record()
+def recorded(counts: CallCounts) -> dict[str, Any]:
+    """The part of the counts that the file holds."""
+    whole = counts.record()
     return {key: whole[key] for key in RECORDED} | {
-        "configurations": [configuration(spec) for spec in structure.launches]
+        "configurations": [configuration(spec) for spec in counts.launches]
     }  # fmt: skip
 
 
-def _compare_block(block: Block, structure: CallCounts, differing: set[str], found: Comparison) -> None:
+def _compare_block(block: Block, counts: CallCounts, differing: set[str], result: BaselineCheck) -> None:
     if block.record is None:
-        found.changes[block.key] = ["it is not in the baseline yet"]
+        result.changes[block.key] = ["it is not in the baseline yet"]
         return
-    found.compared += 1
-    old, new = dict(block.record), recorded(structure)
-    old["launches"] = _as_launches(old.pop("configurations"), structure.launches)
-    new["launches"] = _as_launches(new.pop("configurations"), structure.launches)
-    for part, needs in RESTS_ON.items():
+    result.compared += 1
+    old, new = dict(block.record), recorded(counts)
+    old["launches"] = _as_launches(old.pop("configurations"), counts.launches)
+    new["launches"] = _as_launches(new.pop("configurations"), counts.launches)
+    for part, needs in DEPENDS_ON.items():
         if differing & set(needs):
             for record in (old, new):
                 record.pop(part, None)
                 record["metrics"] = {k: v for k, v in record["metrics"].items() if k not in METRICS_OF.get(part, ())}
-    if told := differences(old, new):
-        found.changes[block.key] = told
+    if changes := differences(old, new):
+        result.changes[block.key] = changes
 
 
 def _as_launches(configurations: list[str], launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines as launches; the parameters' names, which lines lack, are those of today's kernels."""
+    """Launches from the lines of the file, which lack the names of parameters. The kernels of now supply them."""
     names = {kernel_name(spec): [k for k in spec["arguments"] if k not in spec["constants"]] for spec in launches}
     return [read_configuration(text, names.get(text.partition(" ")[0], [])) for text in configurations]
 
 
 def _compile(
     old: Baseline,
-    structures: dict[str, CallCounts],
+    counts: dict[str, CallCounts],
     comparing: bool,
-    found: Comparison,
+    result: BaselineCheck,
     progress: Callable[[str], None],
 ) -> None:
-    launches = [spec for structure in structures.values() for spec in structure.launches]
+    launches = [spec for case in counts.values() for spec in case.launches]
     progress(f"compiling {len({configuration(spec) for spec in launches})} kernels for {', '.join(TARGETS)}")
-    found.fresh.compiled = compile_launches(launches, TARGETS)
+    result.fresh.compiled = compile_launches(launches, TARGETS)
     if not comparing:
         return
-    known = {text: found.fresh.compiled[text] for text in found.fresh.compiled if text in old.compiled}
-    found.kernels = len(known)
-    told = differences({"compiled": old.compiled}, {"compiled": found.fresh.compiled})
-    # A configuration that is new, or gone, is told by the case that launches it; unless the file was edited by hand.
-    missing = [text for text in found.fresh.compiled if text not in known]
-    if missing and not found.changes:
-        told += [f"not in the baseline yet: {text}" for text in missing]
-    if told:
-        found.changes["compiled"] = told
+    fresh = result.fresh.compiled
+    result.kernels = sum(text in old.compiled for text in fresh)
+    changes = differences({"compiled": old.compiled}, {"compiled": fresh})
+    # The case that launches a configuration reports that it is new or gone, unless the file was edited by hand.
+    missing = [text for text in fresh if text not in old.compiled]
+    if missing and not result.changes:
+        changes += [f"not in the baseline yet: {text}" for text in missing]
+    if changes:
+        result.changes["compiled"] = changes
 
 
 def write(path: Path, baseline: Baseline) -> None:
-    """Replace the file at once: whoever reads it meanwhile sees the old one or the new one."""
+    """Replace the file atomically: a reader sees the old or the new content."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
         file.write(render(baseline))
     os.chmod(file.name, 0o644)

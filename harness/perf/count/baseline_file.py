@@ -1,6 +1,6 @@
-"""The baseline's file: TOML, one table a case, one line a launch, an allocation, a module's functions, a target.
+"""The file of the baseline: TOML, a table for each case, a line for each launch, allocation, module and target.
 
-`render` and `parse` are each other's inverse for what is compared; perf/count/baseline.py says what that is.
+`parse` is the inverse of `render` for all that perf/count/baseline.py compares.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any
 
 from harness.base import toml
 from harness.base.errors import UserError
+from harness.base.processes import ROOT
 from harness.perf.count.compiled import Compiled
 from harness.perf.metrics import STRUCTURE
 
+BASELINE = ROOT / "cases" / "structure.toml"  #: of this repository
 HEADER = """\
 # What one call of each case does, counted, and what its kernels become when they are compiled.
 #
@@ -26,18 +28,20 @@ HEADER = """\
 # A new case: its table with a reason (`why`), and accept. `needs` names a package on whose version its numbers rest.
 """
 _KEYS = {"why", "needs", "numbers", "launched", "allocated", "operators", "copies", "waits", "functions"}
-_FUNCTIONS = ": "  # between a module and its functions
+_FUNCTIONS = ": "  # between a module and the names of its functions
 
 
 class BaselineError(UserError):
-    """A baseline that cannot be read; the message names the file, the place and what would be valid."""
+    """A baseline that cannot be read. The message names the file and the place, and says what is valid."""
 
 
 @dataclass
 class Block:
-    """One case on one backend. `record` is a part of Structure.record(), None if it was never accepted.
+    """One case on one backend.
 
-    launches: in the file "kernel[grid] configuration"; here in record["kernels"] and record["configurations"].
+    why: the reason for the case. needs: packages on whose versions its numbers depend. record: a part of
+    CallCounts.record(), or None if the case was never accepted; a launch is "kernel[grid] configuration" in the file,
+    and is split into record["kernels"] and record["configurations"].
     """
 
     descriptor: str
@@ -48,12 +52,13 @@ class Block:
 
     @property
     def key(self) -> str:
+        """The name of its table in the file."""
         return f"{self.descriptor} @ {self.backend}"
 
 
 @dataclass
 class Baseline:
-    """The file: versions of what the numbers rest on, the cases, and configurations -> target -> numbers."""
+    """The content of the file: versions of the packages, cases, and numbers by kernel configuration and target."""
 
     versions: dict[str, str]
     blocks: list[Block] = field(default_factory=list)
@@ -61,26 +66,26 @@ class Baseline:
 
 
 def read(path: Path) -> Baseline:
-    """The baseline in a file; BaselineError if there is none, or it is not one."""
+    """Read a baseline. Raises BaselineError if the file is missing, or holds something else."""
     return _baseline(toml.read(path, BaselineError), str(path))
 
 
 def parse(text: str, name: str = "baseline") -> Baseline:
-    """The baseline that a text holds; `name` is for the error's message."""
+    """Parse the text of a baseline. BaselineError calls it by `name`."""
     return _baseline(toml.parse(text, BaselineError, name), name)
 
 
-def _baseline(found: dict[str, Any], name: str) -> Baseline:
-    versions, compiled = found.pop("versions", {}), found.pop("compiled", {})
+def _baseline(content: dict[str, Any], name: str) -> Baseline:
+    versions, compiled = content.pop("versions", {}), content.pop("compiled", {})
     blocks = []
-    for key, table in found.items():
+    for key, table in content.items():
         descriptor, at, backend = key.partition(" @ ")
         if not at or not isinstance(table, dict):
             raise BaselineError(f'{name}: {key!r}: must be a table, ["DESCRIPTOR @ BACKEND"]')
         if not isinstance(table.get("why"), str) or not table["why"]:
             raise BaselineError(f'{name}: ["{key}"] why={table.get("why")!r}: must be the reason for this case')
-        for name_of in set(table) - _KEYS:
-            raise BaselineError(f'{name}: ["{key}"] {name_of}: no such key; one of {", ".join(sorted(_KEYS))}')
+        for unknown in set(table) - _KEYS:
+            raise BaselineError(f'{name}: ["{key}"] {unknown}: no such key; one of {", ".join(sorted(_KEYS))}')
         try:
             record = _record(table) if "numbers" in table else None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -124,21 +129,21 @@ def _counts(line: str) -> dict[str, int]:
 
 
 def render(baseline: Baseline) -> str:
-    """The text of the file."""
+    """The text of the file, which ends with a newline."""
     lines = [HEADER, "[versions]", *(f"{package} = {_toml(v)}" for package, v in baseline.versions.items())]
     for block in baseline.blocks:
         lines += ["", f"[{_toml(block.key)}]", f"why = {_toml(block.why)}"]
         lines += [f"needs = {_toml(list(block.needs))}"] if block.needs else []
-        lines += _told(block.record) if block.record else []
+        lines += _record_lines(block.record) if block.record else []
     for kernel in sorted(baseline.compiled):
         lines += ["", f"[compiled.{_toml(kernel)}]"]
         for target, numbers in baseline.compiled[kernel].items():
-            told = f"error: {numbers['error']}" if "error" in numbers else numbers
-            lines.append(f"{_key(target)} = {_toml(told)}")
+            value = f"error: {numbers['error']}" if "error" in numbers else numbers
+            lines.append(f"{_key(target)} = {_toml(value)}")
     return "\n".join(lines) + "\n"
 
 
-def _told(record: Mapping[str, Any]) -> list[str]:
+def _record_lines(record: Mapping[str, Any]) -> list[str]:
     functions: dict[str, dict[str, int]] = {}
     for name, count in record["functions"].items():
         module, _, function = name.rpartition(".")
@@ -147,22 +152,22 @@ def _told(record: Mapping[str, Any]) -> list[str]:
     allocated = Counter(record["allocations"])
     return [
         f"numbers = {_toml({name: record['metrics'][name] for name in STRUCTURE})}",
-        f"launched = {_lines(launched)}",
-        f"allocated = {_lines(f'{n} x {what}' if n > 1 else what for what, n in allocated.items())}",
-        f"operators = {_toml(_named(record['operators']))}",
-        f"copies = {_toml(_named(record['copies']))}",
-        f"waits = {_toml(_named(record['waits']))}",
-        f"functions = {_lines(f'{m}{_FUNCTIONS}{_named(counts)}' for m, counts in functions.items())}",
+        f"launched = {_array(launched)}",
+        f"allocated = {_array(f'{n} x {what}' if n > 1 else what for what, n in allocated.items())}",
+        f"operators = {_toml(_counts_text(record['operators']))}",
+        f"copies = {_toml(_counts_text(record['copies']))}",
+        f"waits = {_toml(_counts_text(record['waits']))}",
+        f"functions = {_array(f'{m}{_FUNCTIONS}{_counts_text(counts)}' for m, counts in functions.items())}",
     ]
 
 
-def _named(counts: Mapping[str, int]) -> str:
+def _counts_text(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def _lines(values: Iterable[str]) -> str:
-    found = [f"    {_toml(value)}," for value in values]
-    return "\n".join(["[", *found, "]"]) if found else "[]"
+def _array(values: Iterable[str]) -> str:
+    lines = [f"    {_toml(value)}," for value in values]
+    return "\n".join(["[", *lines, "]"]) if lines else "[]"
 
 
 def _toml(value: Any) -> str:

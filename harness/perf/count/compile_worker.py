@@ -1,7 +1,7 @@
-"""The child process that compiles kernels for GPUs that are not here; see perf/count/compiled.py, its only caller.
+"""The child process that compiles kernels for GPUs that are not present. Its only caller is perf/count/compiled.py.
 
-Triton compiles for any target it knows: all it asks of a driver is which. What a launch would be specialised for is
-decided by Triton's own code, from stand-ins for the arguments that answer its questions as the tensors did.
+Triton compiles for any target that it knows; a driver only supplies the name. Triton's own code specialises a launch,
+from stand-ins for the tensors with the same dtype, alignment and size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TENSOR_MEMORY = 512  #: columns of an SM's tensor memory (sm_100)
 
 
 class StandIn:
-    """A tensor that has what Triton looks at: dtype, address and the size of its storage."""
+    """A stand-in for a tensor, with the properties that Triton reads: dtype, address and size of the storage."""
 
     def __init__(self, dtype: Any, aligned: bool, small: bool) -> None:
         self.dtype, self._aligned, self._small = dtype, aligned, small
@@ -38,7 +38,7 @@ class StandIn:
 
 
 class Driver:
-    """What Triton asks a driver for while it compiles."""
+    """The part of a Triton driver that a compilation needs."""
 
     target: Any = None
 
@@ -53,32 +53,33 @@ class Driver:
 
 
 class CannotCompile(Exception):
-    """One line: why this kernel has no machine code for this target."""
+    """A kernel has no machine code for a target. The message is the reason in one line."""
 
 
 def main() -> None:
-    """stdin: {"launches": [spec, ...], "targets": [name, ...], "jobs": n}; stdout: a list of [launch, target, numbers].
+    """Read {"launches": [spec, ...], "targets": [name, ...], "jobs": n}, and write [[launch, target, numbers], ...].
 
-    Indices stand for launches. What kernels' modules and Triton print goes to stderr.
+    JSON, from stdin and to stdout. A launch in the output is an index. Output of the kernels' modules and of Triton
+    goes to stderr.
     """
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    asked = json.load(sys.stdin)
-    tasks = [(n, spec, target) for n, spec in enumerate(asked["launches"]) for target in asked["targets"]]
-    found = [[tasks[n][0], tasks[n][2], numbers] for n, numbers in _spread(tasks, asked["jobs"])]
-    json.dump(found, answer)
+    request = json.load(sys.stdin)
+    tasks = [(n, spec, target) for n, spec in enumerate(request["launches"]) for target in request["targets"]]
+    results = [[tasks[n][0], tasks[n][2], numbers] for n, numbers in _run_all(tasks, request["jobs"])]
+    json.dump(results, answer)
     answer.close()
 
 
-def _spread(tasks: list, jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index, numbers) of every task, from `jobs` processes; one that the compiler takes down costs its own task."""
+def _run_all(tasks: list[tuple[int, dict[str, Any], str]], jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index, numbers) of every task, from `jobs` processes. If the compiler ends a process, only its task is lost."""
     import_all({spec["kernel"] for _, spec, _ in tasks})
     waiting = list(reversed(range(len(tasks))))
     idle: list[tuple[Any, Any]] = []
     busy: dict[Any, tuple[int, Any]] = {}
     while waiting or busy:
         while waiting and len(busy) < jobs:
-            ours, process = idle.pop() if idle else _worker()
+            ours, process = idle.pop() if idle else _start_process()
             busy[ours] = (waiting.pop(), process)
             ours.send(tasks[busy[ours][0]][1:])
         ready: list[Any] = wait(list(busy))
@@ -95,8 +96,8 @@ def _spread(tasks: list, jobs: int) -> Iterator[tuple[int, dict[str, Any]]]:
         process.join()
 
 
-def _worker() -> tuple[Any, Any]:
-    """(our end of a pipe, process): it has every kernel imported, being a copy of this one."""
+def _start_process() -> tuple[Any, Any]:
+    """(our end of a pipe, process). The process is a fork of this one, with every kernel imported."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -109,12 +110,12 @@ def _serve(connection: Connection) -> None:
     while (task := connection.recv()) is not None:
         try:
             connection.send(compile_one(*task))
-        except Exception as error:  # whatever a compiler raises is this kernel's result, not the end of the others
+        except Exception as error:  # any error of a compiler is the result of this kernel alone
             connection.send({"error": one_line(error)})
 
 
 def import_all(kernels: set[str]) -> None:
-    """Once, before processes are made; what fails here fails again, and is told, where it is needed."""
+    """Import the kernels' modules before the forks. A task whose module fails imports it again, and reports it."""
     for kernel in sorted(kernels):
         try:
             importlib.import_module(kernel.partition(":")[0])
@@ -123,7 +124,7 @@ def import_all(kernels: set[str]) -> None:
 
 
 def compile_one(spec: dict[str, Any], target: str) -> dict[str, Any]:
-    """The numbers of perf/count/machine_code.py for a launch; CannotCompile, or what Triton raises."""
+    """The numbers of a launch, as of perf/count/machine_code.py. Raises CannotCompile, and any error of Triton."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -134,9 +135,9 @@ def compile_one(spec: dict[str, Any], target: str) -> dict[str, Any]:
     options = {name: _argument(name, value) for name, value in spec["options"].items()}
     compiled = _kernel(spec["kernel"]).run(grid=(1,), warmup=True, **arguments, **options)
     shared = compiled.metadata.shared
-    room = SHARED_KIB.get(target, 0) * 1024
-    if room and shared > room:
-        raise CannotCompile(f"shared memory: {shared} bytes, {target} has {room}")
+    capacity = SHARED_KIB.get(target, 0) * 1024
+    if capacity and shared > capacity:
+        raise CannotCompile(f"shared memory: {shared} bytes, {target} has {capacity}")
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
     if columns > TENSOR_MEMORY:
         raise CannotCompile(f"tensor memory: {columns} columns, {target} has {TENSOR_MEMORY}")
@@ -149,14 +150,14 @@ def _kernel(name: str) -> Any:
     module, _, path = name.partition(":")
     if not module or "<locals>" in path or module == "__main__":
         raise CannotCompile(f"{name or 'a kernel compiled by hand'}: cannot be imported")
-    found: Any = importlib.import_module(module)
+    kernel: Any = importlib.import_module(module)
     for part in path.split("."):
-        found = getattr(found, part)
-    while not isinstance(found, JITFunction):
-        if not hasattr(found, "fn"):
+        kernel = getattr(kernel, part)
+    while not isinstance(kernel, JITFunction):
+        if not hasattr(kernel, "fn"):
             raise CannotCompile(f"{name} is no @triton.jit function")
-        found = found.fn  # @triton.autotune and @triton.heuristics wrap it
-    return found
+        kernel = kernel.fn  # @triton.autotune and @triton.heuristics wrap it
+    return kernel
 
 
 def _argument(name: str, value: Any) -> Any:
@@ -184,16 +185,16 @@ def _argument(name: str, value: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """The most telling line of an error: the cause's, and of a compiler's report the line that says error."""
+    """The most specific line of an error: that of its cause, and in a report of a compiler the line with "error"."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # Triton's own errors begin with a position and an excerpt, ptxas' with its command.
-    telling = [line for line in lines if re.search(r"\berror\b", line, re.I)] or (
+    # Errors of Triton begin with a position and an excerpt, errors of ptxas with its command.
+    specific = [line for line in lines if re.search(r"\berror\b", line, re.I)] or (
         lines[-1:] if lines[0].startswith("at ") else lines[:1]
     )
-    text = re.sub(r"\S*/tmp\S*", "", telling[0])[:300].strip()
-    if raised := re.fullmatch(r"(\w+)\(([\"'])(.*)\2\)", text):  # Triton shows what a kernel's line raised
+    text = re.sub(r"\S*/tmp\S*", "", specific[0])[:300].strip()
+    if raised := re.fullmatch(r"(\w+)\(([\"'])(.*)\2\)", text):  # an error that a line of the kernel raised
         return f"{raised[1]}: {raised[3]}"
     return text if isinstance(error, CannotCompile) else f"{type(error).__name__}: {text}"
 

@@ -1,7 +1,7 @@
-"""The difference between two structures in sentences for a person, most telling first.
+"""The differences between the counts of two calls, as sentences, the most significant first.
 
-A record may lack keys (a baseline made with other versions, kernels that were not compiled): what one of the two does
-not have is not compared.
+A record may lack keys: those that depend on other versions than installed here, or on kernels that were not compiled.
+Keys that one of the two records lacks are not compared.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from harness.perf.metrics import METRICS
 
 Record = Mapping[str, Any]
 _MOST = 6  #: names in a sentence
-#: Numbers of a compiled kernel, as a reader would ask for them.
+#: Numbers of a compiled kernel, the most significant first.
 _NUMBERS = ("spills", "registers", "tensor_core", "load_bytes", "loads", "shared_bytes")
 
 
 def differences(old: Record, new: Record) -> list[str]:
-    """One sentence for each difference between two records of Structure.record(); [] if they are equal."""
-    told = [
+    """One sentence for each difference between two records of CallCounts; [] if they are equal."""
+    sentences = [
         *_launches(old, new),
         *_configurations(old, new),
         *_counted("waits", "wait for the device", old, new),
@@ -31,7 +31,7 @@ def differences(old: Record, new: Record) -> list[str]:
         *_counted("functions", "Python function is called", old, new),
         *_compiled(old, new),
     ]
-    return told + _unexplained(old, new, told)
+    return sentences or _other_metrics(old, new)
 
 
 def _both(key: str, old: Record, new: Record) -> bool:
@@ -46,16 +46,16 @@ def _launches(old: Record, new: Record) -> list[str]:
     if not _both("kernels", old, new) or old["kernels"] == new["kernels"]:
         return []
     before, after = Counter(map(_name, old["kernels"])), Counter(map(_name, new["kernels"]))
-    told = []
+    sentences = []
     for name in after | before:
         if not before[name]:
-            told.append(f"{name} is launched, and was not before" + _times(after[name]))
+            sentences.append(f"{name} is launched, and was not before" + _times(after[name]))
         elif not after[name]:
-            told.append(f"{name} is launched no longer" + _times(before[name]))
+            sentences.append(f"{name} is launched no longer" + _times(before[name]))
         elif before[name] != after[name]:
-            told.append(f"{name} is launched {after[name]} times, not {before[name]}")
-    if told:
-        return told
+            sentences.append(f"{name} is launched {after[name]} times, not {before[name]}")
+    if sentences:
+        return sentences
     if [_name(k) for k in old["kernels"]] != [_name(k) for k in new["kernels"]]:
         return [f"kernels are launched in another order: {', '.join(new['kernels'])}"]
     changed = dict.fromkeys((a, b) for a, b in zip(old["kernels"], new["kernels"]) if a != b)
@@ -67,10 +67,10 @@ def _times(count: int, word: str = "times") -> str:
 
 
 def _configurations(old: Record, new: Record) -> list[str]:
-    """What a kernel's launches were specialised for, where as many launches of it remain."""
+    """Changes of what launches are specialised for, of kernels with as many launches as before."""
     if not _both("launches", old, new):
         return []
-    told: dict[str, None] = {}
+    sentences: dict[str, None] = {}
     before, after = _by_kernel(old["launches"]), _by_kernel(new["launches"])
     for name in before:
         if len(before[name]) != len(after.get(name, [])):
@@ -82,24 +82,24 @@ def _configurations(old: Record, new: Record) -> list[str]:
                 if a.get(key) != b.get(key)
             ]
             if changes:
-                told[f"{name}: {', '.join(changes)}"] = None
-    return list(told)
+                sentences[f"{name}: {', '.join(changes)}"] = None
+    return list(sentences)
 
 
 def _by_kernel(launches: Iterable[Record]) -> dict[str, list[dict[str, str]]]:
-    found: dict[str, list[dict[str, str]]] = {}
+    by_kernel: dict[str, list[dict[str, str]]] = {}
     for launch in launches:
-        found.setdefault(kernel_name(launch), []).append(settings(launch))
-    return found
+        by_kernel.setdefault(kernel_name(launch), []).append(settings(launch))
+    return by_kernel
 
 
 def _counted(key: str, what: str, old: Record, new: Record) -> list[str]:
-    """Two dictionaries from names to counts; `what` is singular, its first word takes the plural."""
+    """A sentence about two dictionaries from names to counts. `what`: their key in _PLURALS."""
     if not _both(key, old, new) or old[key] == new[key]:
         return []
     changes = {n: new[key].get(n, 0) - old[key].get(n, 0) for n in (*new[key], *old[key])}
     changes = {n: c for n, c in changes.items() if c}
-    return [f"{_more(sum(changes.values()), what)}: {_named(changes)}"]
+    return [f"{_more(sum(changes.values()), what)}: {_names(changes)}"]
 
 
 _PLURALS = {
@@ -118,7 +118,7 @@ def _more(change: int, what: str) -> str:
     return f"{abs(change)} {'more' if change > 0 else 'fewer'} {noun}"
 
 
-def _named(changes: Mapping[str, int]) -> str:
+def _names(changes: Mapping[str, int]) -> str:
     largest = sorted(changes, key=lambda n: -abs(changes[n]))
     names = [f"{n} ({changes[n]:+d})" for n in largest[:_MOST]]
     if len(largest) > _MOST:
@@ -135,14 +135,14 @@ def _allocations(old: Record, new: Record) -> list[str]:
         return []
     changes = {n: after[n] - before[n] for n in after | before if after[n] != before[n]}
     size = new["metrics"]["allocated_bytes"] - old["metrics"]["allocated_bytes"]
-    return [f"{_more(sum(changes.values()), 'tensor is allocated')} ({size:+d} bytes): {_named(changes)}"]
+    return [f"{_more(sum(changes.values()), 'tensor is allocated')} ({size:+d} bytes): {_names(changes)}"]
 
 
 def _compiled(old: Record, new: Record) -> list[str]:
-    """Kernels that became other machine code; what is the same for several is told once, mere sizes in one sentence."""
+    """Changes of machine code: one sentence for all kernels with the same change, one for all sizes of code."""
     if not _both("compiled", old, new):
         return []
-    alike: dict[str, list[str]] = {}
+    kernels_by_change: dict[str, list[str]] = {}
     sizes: list[int] = []
     for before, after in _pairs(old["compiled"], new["compiled"]):
         changes: dict[str, list[str]] = {}
@@ -153,9 +153,9 @@ def _compiled(old: Record, new: Record) -> list[str]:
             if "error" not in (*numbers, *now) and now["code_bytes"] != numbers["code_bytes"]:
                 sizes.append(now["code_bytes"] - numbers["code_bytes"])
         if changes:
-            told = "; ".join(f"{change} ({', '.join(targets)})" for change, targets in changes.items())
-            alike.setdefault(told, []).append(after.partition(" (")[0])
-    sentences = [f"compiled, {_kernels(kernels)}: {told}" for told, kernels in alike.items()]
+            change = "; ".join(f"{change} ({', '.join(targets)})" for change, targets in changes.items())
+            kernels_by_change.setdefault(change, []).append(after.partition(" (")[0])
+    sentences = [f"compiled, {_kernels(kernels)}: {change}" for change, kernels in kernels_by_change.items()]
     if sizes:
         count = f"{len(sizes)} kernels, counted for each target, have" if len(sizes) > 1 else "1 kernel has"
         sentences.append(f"compiled, {count} code of another size: {min(sizes):+d} to {max(sizes):+d} bytes")
@@ -170,7 +170,7 @@ def _kernels(configurations: list[str]) -> str:
 
 
 def _pairs(old: Iterable[str], new: Iterable[str]) -> list[tuple[str, str]]:
-    """Configurations that stand for each other: equal ones, and, in their order, changed ones of the same kernel."""
+    """Pairs of configurations: equal ones, and those of a kernel that changed, in their order, if they are as many."""
     pairs = [(text, text) for text in old if text in set(new)]
     before, after = [t for t in old if t not in set(new)], [t for t in new if t not in set(old)]
     for name in dict.fromkeys(text.partition(" ")[0] for text in before):
@@ -198,9 +198,7 @@ def _numbers(value: Any) -> str:
     return str(value)
 
 
-def _unexplained(old: Record, new: Record, told: list[str]) -> list[str]:
-    """Metrics that differ though nothing above says so."""
+def _other_metrics(old: Record, new: Record) -> list[str]:
+    """The metrics that differ."""
     before, after = old.get("metrics", {}), new.get("metrics", {})
-    if told:
-        return []
     return [f"{METRICS[n].counts}: {before[n]} -> {after[n]}" for n in before if n in after and before[n] != after[n]]

@@ -1,6 +1,6 @@
-"""Numbers read off a compiled kernel: registers, spills, tensor-core instructions, width of loads, size of the code.
+"""Numbers of a compiled kernel: registers, spills, tensor-core instructions, width of loads, size of the code.
 
-Counts are of instructions in the code, not of their executions: PTX for NVIDIA, GCN assembly for AMD.
+Instructions are counted in the code, not as they are executed: PTX for NVIDIA, GCN assembly for AMD.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-#: Instructions of the matrix units, as written in PTX and GCN assembly.
+#: Instructions of the matrix units in PTX and GCN assembly.
 _MATRIX = re.compile(r"\b(wgmma)\.mma_async|\b(mma\.sync)\b|\b(tcgen05)\.mma\b|\bv_s?(mfma|wmma)(?:c|_)")
 _PTX_LOAD = re.compile(r"\bld\.global(?:\.(?!v\d|[busf]\d)[\w:]+)*(?:\.v(\d))?\.[busf](\d+)")
 _PTX_ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared(?:::\w+)?\.global[^\[\n]*\[[^\]]*\],\s*\[[^\]]*\],\s*(\w+)")
 _PTX_BULK = re.compile(r"\bcp\.async\.bulk\.(?:tensor\.)?\S*shared\S*global")
 _GCN_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(?:lds_)?(\w+)")
 _GCN_BYTES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
-BULK = 16  #: bytes that a bulk load (TMA) counts for: no thread loads more at a time
+BULK = 16  #: width in bytes that a bulk load (TMA) counts as, the most of one load of a thread
 
 
 def numbers(asm: Mapping[str, Any], shared: int) -> dict[str, Any]:
-    """What a kernel takes and contains; asm: Triton's, with "ptx" and "cubin", or "amdgcn".
+    """The numbers of a kernel. asm: that of Triton, with "ptx" and "cubin", or "amdgcn". shared: bytes.
 
-    registers: of a thread. spills: bytes of a thread's stack, where registers are spilled (NVIDIA), or of the registers
-    spilled (AMD). shared_bytes: of a block. tensor_core: {kind: instructions}. loads: {bytes a thread, or "tma":
-    instructions} from global memory; load_bytes: the widest of them, 0 if there is none. code_bytes: machine code.
+    registers: of a thread. spills: bytes of a thread's stack, which holds spilled registers (NVIDIA), or of the spilled
+    registers (AMD). shared_bytes: of a block. tensor_core: {kind: instructions}. loads: {bytes of a thread, or "tma":
+    instructions} from global memory. load_bytes: the widest of the loads, 0 without any. code_bytes: machine code.
     """
     if "amdgcn" in asm:
         text = asm["amdgcn"]
-        taken = _of_amdgcn(text)
+        resources = _of_amdgcn(text)
         loads = Counter(str(_gcn_bytes(m[1])) for m in _GCN_LOAD.finditer(text))
     else:
         text = asm["ptx"]
-        taken = _of_cubin(asm["cubin"])
+        resources = _of_cubin(asm["cubin"])
         loads = Counter(str(int(m[1] or 1) * int(m[2]) // 8) for m in _PTX_LOAD.finditer(text))
         loads += Counter(str(int(m[1], 0)) for m in _PTX_ASYNC.finditer(text))
         loads += Counter("tma" for _ in _PTX_BULK.finditer(text))
     widths = [BULK if width == "tma" else int(width) for width in loads]
     matrix = Counter(next(filter(None, m.groups())) for m in _MATRIX.finditer(text))
-    return taken | {
+    return resources | {
         "shared_bytes": shared,
         "tensor_core": dict(sorted(matrix.items())),
         "load_bytes": max(widths, default=0),
@@ -86,7 +86,7 @@ def _of_cubin(cubin: bytes) -> dict[str, int]:
 
 
 def _text_bytes(elf: bytes) -> int:
-    """The size of the sections of code, bytes (64-bit ELF, System V gABI chapter 4)."""
+    """The size of the code sections in bytes (64-bit ELF, System V gABI chapter 4)."""
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     entry, count, names_at = struct.unpack_from("<HHH", elf, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", elf, table + n * entry) for n in range(count)]

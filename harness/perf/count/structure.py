@@ -1,7 +1,7 @@
-"""What one call of a prepared backend does, in exact numbers: no clock, no noise, the same on any machine.
+"""Count what one call of a prepared backend does: exact numbers without a clock, the same on any machine.
 
-Launches, operators, allocations, copies, waits and Python functions are counted in a call that follows a warm-up. A
-case that is not answered correctly is not measured. `Structure.launches` is what perf/count/compiled.py compiles.
+A call after a warm-up is counted: launches, operators, allocations, copies, waits and Python functions. A case with a
+wrong output is not measured. perf/count/compiled.py compiles `CallCounts.launches`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from harness.device import Device
 from harness.inputs.draw import Inputs
 from harness.perf import metrics
 from harness.perf.count.compiled import SHORT, compile_launches, totals
-from harness.perf.count.differences import differences
 from harness.problem.case import Case
 from harness.results.verdict import Verdict
 from harness.run.case import run_case
@@ -28,13 +27,9 @@ from harness.trace import host_calls
 from harness.trace.tracing import Allocation, Tracing
 from harness.trace.transfers import transfers
 
-__all__ = [
-    "CallCounts", "NotCorrect", "NotMeasured", "compile_for", "differences", "in_words", "measure", "steady_call",
-]  # fmt: skip
-
 
 class NotCorrect(Exception):
-    """The case failed or crashed: its numbers would mean nothing. `verdict` says how."""
+    """The case failed or crashed, so that its counts mean nothing. `verdict` says how."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(f"{verdict.status}: {verdict.reason}")
@@ -42,44 +37,39 @@ class NotCorrect(Exception):
 
 
 class NotMeasured(Exception):
-    """The case does not run here, or has no steady state; the message says why in one line."""
+    """The case does not run here, or has no steady state. The message is the reason in one line."""
 
 
 @dataclass
 class CallCounts:
-    """The numbers of one case on one backend.
+    """The counts of one call of a case on a backend."""
 
-    metrics: by name, those of metrics.STRUCTURE, and once compiled those of metrics.COMPILED (compiled.totals).
-    kernels: "name[grid]" in launch order. operators: how often each was dispatched. functions: how often each Python
-    function was called. allocations, copies and waits: each in words, in order. launches: what each launch was
-    specialised for, ready for JSON. compiled: kernel and configuration -> target -> numbers.
-    """
-
+    #: By name: those of metrics.STRUCTURE and, once compiled, of metrics.COMPILED.
     metrics: dict[str, int] = field(default_factory=dict)
-    kernels: list[str] = field(default_factory=list)
-    operators: dict[str, int] = field(default_factory=dict)
-    functions: dict[str, int] = field(default_factory=dict)
-    allocations: list[str] = field(default_factory=list)
-    copies: dict[str, int] = field(default_factory=dict)
-    waits: dict[str, int] = field(default_factory=dict)
-    launches: list[dict[str, Any]] = field(default_factory=list)
-    compiled: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    kernels: list[str] = field(default_factory=list)  #: "name[grid]", in launch order
+    operators: dict[str, int] = field(default_factory=dict)  #: dispatches, by operator
+    functions: dict[str, int] = field(default_factory=dict)  #: calls, by "module.function"
+    allocations: list[str] = field(default_factory=list)  #: "operator dtype shape", in order
+    copies: dict[str, int] = field(default_factory=dict)  #: by "to the device: operator" or "to the host: operator"
+    waits: dict[str, int] = field(default_factory=dict)  #: by operator, or "synchronize"
+    launches: list[dict[str, Any]] = field(default_factory=list)  #: Launch.spec() of each launch, ready for JSON
+    compiled: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)  #: configuration -> target -> numbers
 
     def record(self) -> dict[str, Any]:
         """Ready for JSON."""
         return asdict(self)
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> CallCounts:
-        """What `record` was made from."""
+    def from_record(cls, record: dict[str, Any]) -> CallCounts:
+        """The inverse of `record`."""
         return cls(**record)
 
 
 def measure(case: Case, backend: Any, device: Device, verdict: Verdict | None = None) -> CallCounts:
-    """One steady-state call, counted, of a case that is judged right first.
+    """Judge a case, then count one of its steady-state calls.
 
-    NotCorrect if it is not; NotMeasured if it cannot run here, or no two calls are alike. verdict: what this process
-    has judged already.
+    verdict: of this case, if this process has judged it already. Raises NotCorrect if the output is wrong, and
+    NotMeasured if the case cannot run here or if two calls in a row differ.
     """
     verdict = verdict or run_case(case, backend, device)
     if verdict.status == "unsupported":
@@ -91,16 +81,16 @@ def measure(case: Case, backend: Any, device: Device, verdict: Verdict | None = 
         call()
     device.synchronize()
     host = _steady_host(call)
-    structure = CallCounts(
+    counts = CallCounts(
         kernels=[str(launch) for launch in trace.launched],
         operators=_counted(trace.ops),
         functions=_counted(host.functions),
-        allocations=[in_words(a) for a in trace.allocations],
+        allocations=[_allocation_text(a) for a in trace.allocations],
         copies=_counted([f"to the device: {op}" for op in moved.h2d] + [f"to the host: {op}" for op in moved.d2h]),
         waits=_counted(moved.waits + ["synchronize"] * host.synchronizes),
         launches=[launch.spec() for launch in trace.launched],
     )
-    counts = {
+    numbers = {
         "launches": len(trace.launched),
         "programs": sum(launch.programs for launch in trace.launched),
         "operators": len(trace.ops),
@@ -111,20 +101,20 @@ def measure(case: Case, backend: Any, device: Device, verdict: Verdict | None = 
         "syncs": len(moved.waits) + host.synchronizes,
         "python_calls": sum(host.functions.values()),
     }
-    structure.metrics = {name: counts[name] for name in metrics.STRUCTURE}
-    return structure
+    counts.metrics = {name: numbers[name] for name in metrics.STRUCTURE}
+    return counts
 
 
-def compile_for(structure: CallCounts, targets: Iterable[str], path: list[str] | None = None) -> CallCounts:
-    """The structure with its kernels compiled for these targets; `path` as for compile_launches."""
-    compiled = compile_launches(structure.launches, targets, path)
-    return replace(structure, compiled=compiled, metrics=structure.metrics | totals(compiled))
+def compile_for(counts: CallCounts, targets: Iterable[str], path: list[str] | None = None) -> CallCounts:
+    """The counts, with the kernels compiled for these targets. path: as of compile_launches."""
+    compiled = compile_launches(counts.launches, targets, path)
+    return replace(counts, compiled=compiled, metrics=counts.metrics | totals(compiled))
 
 
 def steady_call(case: Case, backend: Any, device: Device) -> Callable[[], Any]:
-    """The case's call with all its arguments, on a prepared backend that has been called before.
+    """The case's call, with all its arguments bound, on a prepared backend that was called once before.
 
-    Of a scenario only the way to prepare counts: scratch.* ones prepare with a scratch object.
+    The scenario only determines how the backend is prepared: the scratch.* scenarios prepare with a scratch object.
     """
     session = Session(case, backend, device)
     inputs: Inputs = session.draw()
@@ -137,7 +127,7 @@ def steady_call(case: Case, backend: Any, device: Device) -> Callable[[], Any]:
     keywords = {}
     if takes_out(prepared):
         keywords["out"] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    # A partial object is no Python function: it does not count.
+    # A partial object is no Python function, and is not counted.
     call = partial(prepared, x, inputs.topk_weights, inputs.topk_ids, **keywords)
     call()
     device.synchronize()
@@ -147,8 +137,9 @@ def steady_call(case: Case, backend: Any, device: Device) -> Callable[[], Any]:
 def _steady_host(call: Callable[[], Any]) -> host_calls.HostCalls:
     first, second = host_calls.count(call), host_calls.count(call)
     if first != second:
-        apart = (first.functions - second.functions) + (second.functions - first.functions)
-        raise NotMeasured(f"no steady state: two calls in a row ran other Python functions: {', '.join(sorted(apart))}")
+        differing = (first.functions - second.functions) + (second.functions - first.functions)
+        names = ", ".join(sorted(differing))
+        raise NotMeasured(f"no steady state: two calls in a row ran other Python functions: {names}")
     return first
 
 
@@ -156,6 +147,6 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
 
 
-def in_words(allocation: Allocation) -> str:
+def _allocation_text(allocation: Allocation) -> str:
     """ "empty.memory_format bf16 (8, 256)"."""
     return f"{allocation.op} {SHORT.get(allocation.dtype, allocation.dtype)} {allocation.shape}"

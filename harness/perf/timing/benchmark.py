@@ -1,7 +1,7 @@
-"""`pytest cases -m "cuda and perf"`: pytest-benchmark's statistics, storage and comparison over this harness's clock.
+"""pytest-benchmark over this harness's clock, for `pytest cases -m "cuda and perf"`.
 
-pytest-benchmark times what a function takes by asking a timer before and after it. Its timer here is `device_clock`,
-which moves on only when a stopwatch has read device time: whatever reads that plugin's JSON reads device time.
+pytest-benchmark reads a timer before and after a function. Here its timer is `device_clock`, which only advances by the
+device time that a stopwatch measures. All numbers in the JSON file of pytest-benchmark are therefore device times.
 """
 
 from __future__ import annotations
@@ -25,33 +25,36 @@ _elapsed = 0.0
 
 
 def device_clock() -> float:
-    """Seconds of device time that were read in this process so far: a timer for pytest-benchmark."""
+    """Seconds of device time measured in this process so far: the timer for pytest-benchmark."""
     return _elapsed
 
 
-def judged(asked: Any, fixture: Any) -> Verdict:
-    """The verdict on asked.case, on its backend and device; if it has passed, with what it takes."""
+def run_timed(item: Any, fixture: Any) -> Verdict:
+    """Run an item (case, backend, device, family), and time it if it passes.
+
+    Returns the verdict, with `perf` if the case was timed. fixture: pytest-benchmark's.
+    """
     with compiling() as compiled:
-        verdict = run_case(asked.case, asked.backend, asked.device, family=asked.family)
+        verdict = run_case(item.case, item.backend, item.device, item.family, item.spec)
         if not verdict.green or verdict.status == "unsupported":
             return verdict
         try:
-            verdict.perf = run(asked.case, asked.backend, asked.device, fixture)
+            verdict.perf = time_case(item.case, item.backend, item.device, fixture)
             verdict.perf |= {"compile_seconds": compiled.seconds, "kernels_compiled": compiled.kernels}
         except NotTimed as reason:
             verdict.status, verdict.reason = "unsupported", str(reason)
         except (DeviceLost, BackendError):
             raise
-        except Exception as error:  # right when it was judged, and now this: the verdict, with the whole traceback
+        except Exception as error:  # the case passed, and then raised
             verdict.status, verdict.reason = "crashed", f"when timed: {type(error).__name__}: {error}"
-            verdict.report = traceback.format_exc()
+            verdict.report, verdict.error_type = traceback.format_exc(), type(error).__name__
     return verdict
 
 
-def run(case: Case, backend: Any, device: Device, fixture: Any) -> dict[str, Any]:
-    """Time a case that has just passed, through the fixture `benchmark`; what the verdict's record says of it.
+def time_case(case: Case, backend: Any, device: Device, fixture: Any) -> dict[str, Any]:
+    """Time a case that has just passed, through pytest-benchmark's fixture. Returns Verdict.perf.
 
-    Times in microseconds, rates in bytes/s and FLOP/s. NotTimed as for Stopwatch.
+    Times are in microseconds, rates in bytes/s and FLOP/s. Raises NotTimed, as Stopwatch does.
     """
     stopwatch = Stopwatch(case, backend, device)
     samples: list[float] = []
@@ -67,7 +70,7 @@ def run(case: Case, backend: Any, device: Device, fixture: Any) -> dict[str, Any
     problem = case.problem
     roof = ceilings(device, operand(problem))
     needed = mean([work(problem, s.topk_ids, stopwatch.expert_map) for s in stopwatch.sets])
-    found = {
+    perf = {
         "device_us": device_us,
         "samples_us": [round(us, 3) for us in samples],
         "method": stopwatch.method,
@@ -82,6 +85,6 @@ def run(case: Case, backend: Any, device: Device, fixture: Any) -> dict[str, Any
         "configurations": stopwatch.configurations(),
     }
     if not device.on_cpu:
-        found["host_us"] = median(stopwatch.sample("host_us", 5))
-    fixture.extra_info.update(found, case=str(case), backend=backend.name, environment=devices.environment(device))
-    return found
+        perf["host_us"] = median(stopwatch.sample("host_us", 5))
+    fixture.extra_info.update(perf, case=str(case), backend=backend.name, environment=devices.environment(device))
+    return perf

@@ -1,11 +1,11 @@
-"""Time: what one call of a prepared backend takes on the device and on the host, compilation apart.
+"""Time one call of a prepared backend on the device and on the host, without compilation.
 
     case -> inputs, rotated -> first calls -> graph of [flush L2, start, call, stop] for each input -> samples
 
-Device time is read from events inside a captured graph, so that no gap between two launches is counted; where a call
-cannot be captured, from events around it, with enough work queued before it that the device never waits for the host.
-The inputs rotate (other rows, other experts), and what is in the L2 cache is somebody else's: the weights of a layer
-are cold when a model calls it.
+Device time is the time between two events inside a captured graph, so that gaps between launches are not counted. A
+call that cannot be captured is timed with events around it; the work queued before it keeps the device from waiting for
+the host. The inputs rotate (other rows, other experts), and the L2 cache is filled with other data before each call,
+because the weights of a layer are cold when a model calls it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.backend import as_backend
 from harness.device import Device
 from harness.inputs.draw import Inputs
 from harness.perf.count.compiled import configuration
@@ -28,14 +29,14 @@ from harness.session.session import Session
 from harness.trace.bits import same_bits
 from harness.trace.launches import Launch, watching
 
-ROTATED = 4  #: input sets that take turns
-WARM = 0.2  #: seconds of calls before the first sample: clocks rise, caches of the allocator fill
+ROTATED = 4  #: sets of inputs, used in turn
+WARM = 0.2  #: seconds of calls before the first sample, in which clocks rise and caches of the allocator fill
 HOST_CALLS = 20  #: calls of one sample of host time
 CPU_SECONDS = 0.02  #: a CPU sample repeats the calls for at least this long
 
 
 class NotTimed(Exception):
-    """No time can be given for this case, backend and device; the message is "<keyword>: reason"."""
+    """This case cannot be timed on this backend and device. The message is "<keyword>: reason"."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class Rotation:
 
 
 def rotations(inputs: Inputs, count: int = ROTATED) -> list[Rotation]:
-    """`count` sets of arguments for one layer: rows rolled, and expert ids shifted where every expert is alike.
+    """`count` sets of arguments for one layer: the rows rolled, and the expert ids shifted if all experts are alike.
 
-    Under an expert_map, or a routing made for certain experts, shifted ids would be another question: they stay.
+    With an expert_map, or a routing to certain experts, shifted ids would be another case: they are not shifted.
     """
     problem = inputs.case.problem
     alike = problem.ep is None and problem.routing in ("uniform", "balanced", "skewed")
-    found = []
+    sets = []
     for turn in range(count):
         ids, shift = inputs.topk_ids, turn * problem.num_experts // count
         if alike:
@@ -62,14 +63,15 @@ def rotations(inputs: Inputs, count: int = ROTATED) -> list[Rotation]:
         x = inputs.hidden_states
         if turn:  # a padded batch keeps its strides
             x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x.roll(turn, 0))
-        found.append(Rotation(x, inputs.topk_weights, ids))
-    return found
+        sets.append(Rotation(x, inputs.topk_weights, ids))
+    return sets
 
 
 class Clock:
-    """Times calls that take turns. `deterministic`: a replayed graph of them must give the bits of the call itself.
+    """A clock for calls that are timed in turn. Errors of the calls propagate.
 
-    Whatever a call raises comes through.
+    deterministic: raise NotTimed if a replayed graph gives other bits than the call. method: "graph", "events" or, on a
+    CPU, "wall clock".
     """
 
     def __init__(self, calls: Sequence[Callable[[], Tensor]], device: Device, deterministic: bool = True) -> None:
@@ -89,7 +91,7 @@ class Clock:
         host_us: the median time until the call returns, with nothing queued on the device.
         """
         if metric == "device_us":
-            # Of a CPU the median: what other processes take from it comes in bursts.
+            # On a CPU the median, because other processes take time in bursts.
             middle = median if self.device.on_cpu else fmean
             return [middle(self._read()) for _ in range(count)]
         if metric != "host_us":
@@ -99,7 +101,7 @@ class Clock:
         return [self._host() for _ in range(count)]
 
     def configurations(self) -> list[str]:
-        """What each Triton kernel that one call launches was compiled for, each once: tiles, warps, stages, types."""
+        """The distinct configurations of the Triton kernels that one call launches: tiles, warps, stages, types."""
         seen: list[Launch] = []
         with watching(seen.append):
             self._calls[0]()
@@ -108,27 +110,27 @@ class Clock:
 
     # -- one sample ---------------------------------------------------------------------------------------------------
     def _wall(self) -> list[float]:
-        found: list[float] = []
+        times: list[float] = []
         started = time.perf_counter()
-        while not found or time.perf_counter() - started < CPU_SECONDS:
+        while not times or time.perf_counter() - started < CPU_SECONDS:
             for call in self._calls:
                 begun = time.perf_counter()
                 call()
-                found.append((time.perf_counter() - begun) * 1e6)
-        return found
+                times.append((time.perf_counter() - begun) * 1e6)
+        return times
 
     def _host(self) -> float:
-        found = []
+        times = []
         for n in range(HOST_CALLS):
             self.device.synchronize()
             begun = time.perf_counter()
             self._calls[n % len(self._calls)]()
-            found.append((time.perf_counter() - begun) * 1e6)
+            times.append((time.perf_counter() - begun) * 1e6)
         self.device.synchronize()
-        return median(found)
+        return median(times)
 
     def _use_events(self, outputs: list[Tensor], deterministic: bool) -> None:
-        # Read, not written: lines that were written would have to go back to memory during the timed call.
+        # The flush reads: written cache lines would be written back to memory during the timed call.
         flushed = torch.ones(max(2 * self.device.l2_bytes(), 2**20) // 4, dtype=torch.int32, device=self.device.torch)
         total = torch.empty((), dtype=torch.int64, device=self.device.torch)
 
@@ -150,7 +152,7 @@ class Clock:
                     raise NotTimed("scenario: a replayed graph gives other bits than the call it was captured from")
 
     def _spaced(self, flush: Callable[[], None]) -> Callable[[], list[float]]:
-        """Events around each call; before it, so much flushing that the host has queued the call when it ends."""
+        """Events around each call, after enough flushes that the host has queued the call before they end."""
         start, stop = self.device.event(), self.device.event()
         start.record()
         flush()
@@ -180,13 +182,14 @@ class Clock:
 
 
 class Stopwatch(Clock):
-    """A prepared backend that is ready to be timed. The caller has seen it pass the same case.
+    """A clock for a prepared backend. The caller has checked that the case passes.
 
-    NotTimed if a time would say nothing: interpreted kernels, scenarios of several calls, no tokens.
+    Raises NotTimed if a time would mean nothing: interpreted kernels, scenarios of several calls, no tokens.
     """
 
     def __init__(self, case: Case, backend: Any, device: Device) -> None:
-        if getattr(backend, "interpreted", False) and device.interprets_triton:
+        backend = as_backend(backend)
+        if backend.interpreted and device.interprets_triton:
             raise NotTimed(f"device: {backend.name} is interpreted on {device}; its time would be the interpreter's")
         if case.scenario != "once":
             raise NotTimed(f"scenario: {case.scenario} is several calls; one is timed")
@@ -198,4 +201,4 @@ class Stopwatch(Clock):
         self.expert_map = inputs.layer.expert_map
         call = session.prepare(inputs.case.problem, inputs.backend_layer)
         calls = [partial(call, s.hidden_states, s.topk_weights, s.topk_ids) for s in self.sets]
-        super().__init__(calls, device, getattr(backend, "deterministic", True) is True)
+        super().__init__(calls, device, backend.deterministic)

@@ -1,4 +1,4 @@
-"""How long Triton compiled: told by its own listener, so that it is counted wherever in a run it happens."""
+"""The time that Triton compiles, from its own listener, which sees every compilation of the process."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 
 @dataclass
-class Compiled:
-    """seconds: of compiling kernels that were in no cache. kernels, cached: how many were compiled, how many found."""
+class CompileTime:
+    """Compilations of this process."""
 
-    seconds: float = 0.0
-    kernels: int = 0
-    cached: int = 0
+    seconds: float = 0.0  #: for kernels that were not in the cache
+    kernels: int = 0  #: number of these kernels
+    cached: int = 0  #: number of kernels from the cache
 
 
 @contextmanager
-def compiling() -> Iterator[Compiled]:
-    """`with compiling() as compiled:` adds up what this process compiles. A listener that was there is told, too."""
-    found = Compiled()
+def compiling() -> Iterator[CompileTime]:
+    """`with compiling() as compiled:` sums up the compilations. Calls a listener that was set before, too."""
+    compiled = CompileTime()
     if importlib.util.find_spec("triton") is None:
-        yield found
+        yield compiled
         return
     import triton
 
@@ -32,15 +32,15 @@ def compiling() -> Iterator[Compiled]:
 
     def listen(*, times: Any, cache_hit: bool, **rest: Any) -> None:
         if cache_hit:
-            found.cached += 1
+            compiled.cached += 1
         else:
-            found.kernels += 1
-            found.seconds += times.total / 1e6
+            compiled.kernels += 1
+            compiled.seconds += times.total / 1e6
         if before is not None:
             before(times=times, cache_hit=cache_hit, **rest)
 
     knobs.listener = listen
     try:
-        yield found
+        yield compiled
     finally:
         knobs.listener = before

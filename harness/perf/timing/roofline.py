@@ -1,9 +1,9 @@
-"""How fast a call could be: the bytes it must move, the operations it must do, and what this device was measured to do.
+"""A floor for the time of a call, from the bytes and operations that it needs and the measured rates of the device.
 
     floor = max(bytes / copy bandwidth, flops / matrix rate)
 
-No version runs much faster than that; the measured time over the floor is what is left to gain (S. Williams et al.,
-"Roofline", CACM 52(4), 2009).
+No version runs much faster than the floor. The measured time over the floor bounds the possible gain (S. Williams et
+al., "Roofline", CACM 52(4), 2009).
 """
 
 from __future__ import annotations
@@ -25,57 +25,57 @@ from reference.moe import local_experts
 
 @dataclass(frozen=True)
 class Work:
-    """What one call cannot do without."""
+    """The least bytes and operations of one call."""
 
-    bytes: int  #: weights and scales of the experts that are met, hidden_states, router weights, ids, and the output
-    flops: int  #: two operations for each product of both GEMMs, for the pairs that have an expert here
+    bytes: int  #: weights and scales of the routed experts, hidden_states, router weights, ids, and the output
+    flops: int  #: two for each product of both GEMMs, for the (token, expert) pairs with a local expert
 
 
 def work(problem: Problem, topk_ids: Tensor, expert_map: Tensor | None = None) -> Work:
-    """The work of one call with these ids [T, k]. Intermediate results could stay on the chip: they do not count."""
+    """The work of one call with topk_ids [T, k]. Intermediate results are not counted: they could stay on the chip."""
     local = local_experts(topk_ids, problem.num_experts, expert_map)
-    met = local[local >= 0]
-    pairs, experts = int(met.numel()), int(met.unique().numel())
+    routed = local[local >= 0]
+    pairs, experts = int(routed.numel()), int(routed.unique().numel())
     k, i, rows = problem.hidden_size, problem.intermediate_size, problem.w13_rows
     weights = rows * k + k * i
     io = torch_dtype(problem.dtype).itemsize
-    an_expert = weights * io
+    expert_bytes = weights * io
     if problem.quant:
         scheme = problem.quant.weights
         scales = prod(scheme.scale_shape((rows, k))) + prod(scheme.scale_shape((k, i)))
-        an_expert = scheme.code_bytes(weights) + 4 * scales
+        expert_bytes = scheme.code_bytes(weights) + 4 * scales
     if problem.bias:
-        an_expert += (rows + k) * io
+        expert_bytes += (rows + k) * io
     shared = problem.shared_experts
     moved = 2 * problem.tokens * k * io + topk_ids.numel() * (4 + topk_ids.element_size())
-    return Work((experts + shared) * an_expert + moved, 2 * (pairs + shared * problem.tokens) * weights)
+    return Work((experts + shared) * expert_bytes + moved, 2 * (pairs + shared * problem.tokens) * weights)
 
 
-def mean(found: list[Work]) -> Work:
-    """The work of calls that take turns."""
-    return Work(sum(w.bytes for w in found) // len(found), sum(w.flops for w in found) // len(found))
+def mean(works: list[Work]) -> Work:
+    """The mean work of several calls, rounded down."""
+    return Work(sum(w.bytes for w in works) // len(works), sum(w.flops for w in works) // len(works))
 
 
 def operand(problem: Problem) -> str:
-    """The format in which the matrix units meet both operands, a key of `Ceilings.flops_per_s`."""
+    """The format of both operands of the matrix units, a key of `Ceilings.flops_per_s`."""
     return "fp8" if problem.quant and problem.quant.activation else problem.dtype
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device did in this process."""
+    """The rates of this device, measured in this process."""
 
     copy_bytes_per_s: float  #: a large copy on the device, bytes read plus bytes written
     flops_per_s: dict[str, float]  #: a large matrix product on random data, by operand format
 
     def floor_us(self, problem: Problem, needed: Work) -> float:
-        """No call is much faster, in microseconds."""
+        """The floor in microseconds. No call is much faster."""
         rate = self.flops_per_s.get(operand(problem), float("inf"))
         return 1e6 * max(needed.bytes / self.copy_bytes_per_s, needed.flops / rate)
 
 
 def ceilings(device: Device, *operands: str) -> Ceilings:
-    """Measured once a process each: a copy of 4 GiB (CPU: 256 MiB), and products of 8192 (CPU: 1024) squared."""
+    """Measure each rate once a process: a copy of 4 GiB (CPU: 256 MiB), and products of 8192 (CPU: 1024) squared."""
     rates = {name: rate for name in operands if (rate := _matrix_rate(device, name)) is not None}
     return Ceilings(_copy_rate(device), rates)
 
@@ -108,18 +108,18 @@ def _product(name: str, n: int, device: torch.device) -> Callable[[], Tensor] | 
     try:
         product()
     except (RuntimeError, ValueError):
-        return None  # this device has no fp8 matrix units: there is no such ceiling
+        return None  # this device has no fp8 matrix units, and no such ceiling
     return product
 
 
 def _seconds(device: Device, task: Callable[[], object], budget: float = 1.0) -> float:
-    """The best of 13 runs, or of as many as fit into the budget: a ceiling is what the device can do."""
-    found: list[float] = []
+    """The least time of 13 runs, or of as many (at least 2) as fit into the budget: a ceiling is the best rate."""
+    times: list[float] = []
     begun = time.perf_counter()
-    while len(found) < 13 and (len(found) < 2 or time.perf_counter() - begun < budget):
+    while len(times) < 13 and (len(times) < 2 or time.perf_counter() - begun < budget):
         device.synchronize()
         started = time.perf_counter()
         task()
         device.synchronize()
-        found.append(time.perf_counter() - started)
-    return min(found)
+        times.append(time.perf_counter() - started)
+    return min(times)

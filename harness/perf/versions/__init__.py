@@ -1,1 +1,4 @@
-"""Other commits: their worktrees, and the process that answers for each."""
+"""Other commits: their worktrees, and a worker process for each.
+
+Public: Checkouts, Worker, WorkerError and CannotBuild (checkout.py). worker.py is the program of the worker process.
+"""

@@ -3,8 +3,8 @@
     repository --git worktree--> w<commit>/  \\
     this installation --copied--> frozen/     > PYTHONPATH of a Worker (perf/versions/worker.py)
 
-Whatever changes in harness/, reference/ or cases/ while a comparison runs, or between the commits compared, does not
-change how they are measured. Everything lies in one temporary directory, which goes when the context ends.
+A change of harness/, reference/ or cases/, while a comparison runs or between the compared commits, does not change the
+measurement. All files are in one temporary directory, which is removed when the context ends.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 from harness.base.errors import UserError
 from harness.base.processes import ROOT
 
-WORKTREE = "worktree"  #: the word for the working tree itself, uncommitted changes included
+WORKTREE = "worktree"  #: the word for the working tree with its uncommitted changes
 FROZEN = ("harness", "reference", "cases")  #: the packages that measure
 KINDS = ("unsupported", "incorrect", "crashed", "import", "died")
 TAIL = 20  #: lines of a log that an error shows
-PATIENCE = 600.0  #: seconds that a worker may take for one answer
+PATIENCE = 600.0  #: seconds until a worker must have answered
 
 
 class CannotBuild(Exception):
@@ -42,13 +42,13 @@ class CannotBuild(Exception):
 
 
 class WorkerError(Exception):
-    """No answer to a request. `kind`:
+    """A request without a result. `kind`:
 
-    unsupported  the commit lacks the backend, or the backend the case; or it cannot be timed here
-    incorrect    the case fails, so nothing else is said of it
+    unsupported  the commit lacks the backend, the backend does not support the case, or it cannot be timed here
+    incorrect    the case fails, so that it is not measured
     crashed      the backend raised
-    import       the commit's code cannot be imported, or other code was
-    died         the process ended, or did not answer in time; the worker is of no more use
+    import       the commit's code cannot be imported, or code from elsewhere was imported
+    died         the process ended, or did not answer in time; the worker cannot be used any more
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -59,34 +59,34 @@ class WorkerError(Exception):
 
 
 def short(commit: str) -> str:
-    """A commit as people read it. Of one length, as it is part of paths: their length shifts a process's memory."""
+    """A short name of a commit, always of one length: it is part of paths, whose length shifts a process's memory."""
     return commit[:10].ljust(10, "-")
 
 
 def first_line(text: str) -> str:
-    """What fits into a line that is about something else."""
+    """The first line of a text, stripped; "" for an empty text."""
     return (text.strip().splitlines() or [""])[0]
 
 
 class Checkouts:
-    """Worktrees of one repository and workers in them; a context manager.
+    """Worktrees of one repository, and workers in them; a context manager.
 
-    repo: a directory in the repository. build: a shell command to be run once in each worktree. keep: worktrees that
-    stay, besides those of workers that are alive.
+    repo: a directory in the repository. build: a shell command that is run once in each worktree. keep: the number of
+    worktrees that are kept; those of living workers always are. Raises UserError without git or a repository.
     """
 
     def __init__(self, repo: Path = ROOT, build: str | None = None, keep: int = 8) -> None:
         self.build, self.keep = build, keep
         if not shutil.which("git"):
             raise UserError("there is no git here, and commits come from it")
-        found = subprocess.run(
+        done = subprocess.run(
             ["git", "rev-parse", "--show-toplevel"], cwd=_directory(repo), env=_git_environment(),
             capture_output=True, text=True,
         )  # fmt: skip
-        if found.returncode:
-            raise UserError(f"--repo {repo}: not in a git repository ({found.stderr.strip()})")
-        self.repo = Path(found.stdout.strip())
-        self._paths: dict[str, Path] = {}  #: by commit, the one that was used last at the end
+        if done.returncode:
+            raise UserError(f"--repo {repo}: not in a git repository ({done.stderr.strip()})")
+        self.repo = Path(done.stdout.strip())
+        self._paths: dict[str, Path] = {}  #: by commit, the one used last at the end
         self._workers: list[Worker] = []
         self._temporary: Path | None = None
 
@@ -107,7 +107,7 @@ class Checkouts:
     def close(self) -> None:
         """End the workers, remove every worktree and the temporary directory."""
         for worker in self._workers:
-            worker.dismiss()  # all at once, or each would be waited for in turn
+            worker.dismiss()  # all at once; close() waits for one after the other
         for worker in self._workers:
             worker.close()
         for commit in list(self._paths):
@@ -128,7 +128,7 @@ class Checkouts:
 
     # -- commits ------------------------------------------------------------------------------------------------------
     def resolve(self, ref: str) -> str:
-        """The full name of a commit; "worktree" for "worktree" and ".". Wrong if there is none."""
+        """The full name of a commit; "worktree" for "worktree" and ".". Raises UserError if there is none."""
         if ref in (WORKTREE, "."):
             return WORKTREE
         done = self.git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}") if not ref.startswith("-") else None
@@ -137,13 +137,13 @@ class Checkouts:
         return done.stdout.strip()
 
     def git(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """git in the repository; the caller looks at the return code."""
+        """Run git in the repository. The caller checks the return code."""
         return subprocess.run(
             ["git", *arguments], cwd=self.repo, env=_git_environment(), capture_output=True, text=True
         )
 
     def at(self, commit: str) -> Path:
-        """The directory that holds this commit (as from `resolve`), built. CannotBuild if that is impossible."""
+        """The directory of a commit (a name from `resolve`), built. Raises CannotBuild."""
         path = self._paths.pop(commit, None)
         if path is None:
             path = self.temporary / f"w{short(commit)}"
@@ -156,7 +156,7 @@ class Checkouts:
         return path
 
     def worker(self, commit: str, device: str) -> Worker:
-        """A new process for this commit. It starts at once, and is ready when it first answers."""
+        """Start a process for a commit. It is ready when it first answers. Raises CannotBuild."""
         path = self.at(commit)
         log = self.temporary / f"worker-{len(self._workers):04}.log"
         self._workers.append(Worker(self.frozen, path, device, log))
@@ -187,12 +187,12 @@ class Checkouts:
         if removed:
             return
         shutil.rmtree(path, ignore_errors=True)
-        if commit != WORKTREE:  # prune forgets every worktree whose directory is away for now: only where it must be
+        if commit != WORKTREE:  # prune drops every worktree whose directory is missing, so it is the last resort
             self.git("worktree", "prune")
 
 
 class Worker:
-    """A process that answers questions about one checkout. Not to be shared between threads."""
+    """A process that measures one checkout. Not thread-safe."""
 
     def __init__(self, frozen: Path, worktree: Path, device: str, log: Path) -> None:
         self.worktree, self._log = worktree, log
@@ -218,13 +218,14 @@ class Worker:
 
     @property
     def alive(self) -> bool:
+        """Whether the process runs."""
         return self._process.poll() is None
 
-    def ask(self, question: str, *, limit_s: float = PATIENCE, **fields: Any) -> dict[str, Any]:
-        """The answer to "hello", "verdict", "structure" or "time" (perf/versions/worker.py). WorkerError if none."""
+    def ask(self, request: str, *, limit_s: float = PATIENCE, **fields: Any) -> dict[str, Any]:
+        """The answer to "hello", "verdict", "structure" or "time" (perf/versions/worker.py). Raises WorkerError."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"ask": question, **fields}).encode() + b"\n")
+            self._process.stdin.write(json.dumps({"ask": request, **fields}).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
             raise self._died() from None
@@ -236,13 +237,13 @@ class Worker:
         return answer
 
     def dismiss(self) -> None:
-        """The end of its input ends it, in its own time."""
+        """Close the input of the process, which ends it, without waiting."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
 
     def close(self) -> None:
-        """End the process, and whatever it started."""
+        """End the process and its children."""
         assert self._process.stdout is not None
         self.dismiss()
         with suppress(subprocess.TimeoutExpired):
@@ -279,14 +280,14 @@ class Worker:
         return f"; its last lines:\n{tail}" if tail else ""
 
     def _kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # nobody of that group is left
+        with suppress(ProcessLookupError, PermissionError):  # no process of the group is left
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM, by which CI systems cancel a job, unwinds the stack as Ctrl-C does: worktrees do not stay behind."""
+    """Let SIGTERM unwind the stack like Ctrl-C, so that worktrees are removed. CI systems send it to cancel a job."""
 
     def end(*_: object) -> None:
         raise SystemExit(128 + signal.SIGTERM)
@@ -305,12 +306,12 @@ def _directory(repo: Path) -> Path:
 
 
 def _git_environment() -> dict[str, str]:
-    """Ours without what git sets for its hooks: that would send every git command to the hook's repository."""
+    """The environment without GIT_*: a hook sets them, and they would direct git to the repository of the hook."""
     return {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
 
 def _copy_working_tree(repo: Path, path: Path) -> None:
-    """Tracked files as they are now, and untracked ones that are not ignored."""
+    """Copy the tracked files as they are now, and the untracked files that are not ignored."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=repo, env=_git_environment(),
         capture_output=True, check=True,

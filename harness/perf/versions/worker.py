@@ -1,13 +1,13 @@
-"""The process that answers for one checkout: `python -m harness.perf.versions.worker --device NAME --worktree DIR`.
+"""The process that measures one checkout: `python -m harness.perf.versions.worker --device NAME --worktree DIR`.
 
-A request is a JSON line on stdin, an answer one on stdout. {"ask": ...}, and
+A request is a JSON line on stdin, an answer a JSON line on stdout. {"ask": ...}, and
 
     hello      -> {"environment": ..., "driver": ..., "path": ...}
     verdict    case, backend -> the verdict's record
-    structure  case, backend, targets -> the record of harness.perf.count.structure.Structure
+    structure  case, backend, targets -> the record of harness.perf.count.structure.CallCounts
     time       case, backend, metric, samples -> {"samples": microseconds, "method"}
 
-or {"error": kind, "message": text}, kinds as in checkout.WorkerError. It ends with its input.
+or {"error": kind, "message": text}, with the kinds of checkout.WorkerError. The process ends with its input.
 """
 
 from __future__ import annotations
@@ -25,34 +25,35 @@ from typing import IO, Any
 
 from harness import backend as backends
 from harness import device as devices
-from harness.backend import BackendError
+from harness.backend import Backend, BackendError
 from harness.device import Device, DeviceLost, ready
 from harness.perf.versions.checkout import FROZEN, WorkerError
 from harness.problem.case import Case
 from harness.results.verdict import Verdict
 
 STOPWATCHES = 4  #: prepared layers that are kept
-KEPT_BYTES = 8 * 2**30  #: and as many bytes of weights: several workers share a device
+KEPT_BYTES = 8 * 2**30  #: of weights of these layers: several workers share a device
 
 
 def main() -> None:
+    """Answer requests until the input ends, or until the device is lost."""
     answers, requests = _channels()
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", required=True)
     parser.add_argument("--worktree", type=Path, required=True)
     args = parser.parse_args()
-    desk = Desk(ready(args.device), args.worktree)
+    server = Server(ready(args.device), args.worktree)
     for line in requests:
-        answers.write(json.dumps(desk.answer(json.loads(line)), default=str) + "\n")
+        answers.write(json.dumps(server.answer(json.loads(line)), default=str) + "\n")
         answers.flush()
-        if desk.lost:
+        if server.lost:
             break
     sys.stderr.flush()
-    os._exit(0)  # Python takes seconds to tear torch down in order, and nobody waits for what would come of it
+    os._exit(0)  # an orderly exit with torch takes seconds, and changes no answer
 
 
 def _channels() -> tuple[IO[str], IO[str]]:
-    """Our own ends of the pipes. What kernels print goes to stderr; what they would read is empty."""
+    """(output, input) of the pipes. Kernels get stderr for their output, and an empty input."""
     answers, requests = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
     os.dup2(2, 1)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -61,31 +62,31 @@ def _channels() -> tuple[IO[str], IO[str]]:
     return answers, requests
 
 
-class Desk:
-    """What is known about one checkout, on one device."""
+class Server:
+    """Measures one checkout on one device. Keeps its backends, verdicts and stopwatches."""
 
     def __init__(self, device: Device, worktree: Path) -> None:
         self.device, self.worktree = device, worktree.resolve()
         self.lost = False
-        self._backends: dict[str, Any] = {}
+        self._backends: dict[str, Backend] = {}
         self._verdicts: dict[tuple[str, str], Verdict] = {}
         self._stopwatches: OrderedDict[tuple[str, str], tuple[Any, int]] = OrderedDict()
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one request, an error as an answer too."""
-        question = request.pop("ask")
+        """The answer to one request. An error is an answer too."""
+        name = request.pop("ask")
         try:
-            return getattr(self, f"on_{question}")(**request)
+            return getattr(self, f"on_{name}")(**request)
         except WorkerError as error:
             return {"error": error.kind, "message": error.message}
         except DeviceLost as error:
             self.lost = True
             return {"error": "died", "message": str(error)}
-        except Exception as error:  # a kernel may raise anything: it is the answer, whole
+        except Exception as error:  # a kernel may raise anything
             message = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
             return {"error": "crashed", "message": message}
 
-    # -- the questions ------------------------------------------------------------------------------------------------
+    # -- requests -----------------------------------------------------------------------------------------------------
     def on_hello(self) -> dict[str, Any]:
         return {
             "environment": devices.environment(self.device),
@@ -113,31 +114,29 @@ class Desk:
         from harness.perf.timing.clock import NotTimed
 
         try:
-            found = watch.sample(metric, samples)
+            times = watch.sample(metric, samples)
         except NotTimed as error:
             raise WorkerError("unsupported", str(error)) from error
-        return {"samples": found, "method": watch.method}
+        return {"samples": times, "method": watch.method}
 
-    # -- what they need -----------------------------------------------------------------------------------------------
-    def _backend(self, spec: str) -> Any:
+    # -- kept ---------------------------------------------------------------------------------------------------------
+    def _backend(self, spec: str) -> Backend:
         if spec not in self._backends:
-            found, module = _find(spec)
-            _require_own({module, type(found).__module__}, self.worktree)
-            self._backends[spec] = found
+            backend, module = _find(spec)
+            _require_own({module, type(backend.object).__module__}, self.worktree)
+            self._backends[spec] = backend
         return self._backends[spec]
 
     def _verdict(self, case: str, spec: str) -> Verdict:
         from harness.run.case import run_case
 
-        found = self._backend(spec)
+        backend = self._backend(spec)
         if (case, spec) not in self._verdicts:
-            verdict = run_case(Case.parse(case), found, self.device)
-            verdict.spec = spec
-            self._verdicts[case, spec] = verdict
+            self._verdicts[case, spec] = run_case(Case.parse(case), backend, self.device, spec=spec)
         return self._verdicts[case, spec]
 
     def _stopwatch(self, case: str, spec: str) -> Any:
-        """Ready to be read, for a case that passes in this very process."""
+        """A stopwatch for a case that passes in this process. Raises WorkerError."""
         from harness.inputs.sizes import weight_bytes
         from harness.perf.timing.clock import NotTimed, Stopwatch
 
@@ -152,7 +151,7 @@ class Desk:
             raise WorkerError(kind, f"{verdict.status}: {verdict.reason}")
         parsed = Case.parse(case)
         size = weight_bytes(parsed.problem)
-        while self._stopwatches and not self._room_for(size):
+        while self._stopwatches and not self._fits(size):
             self._stopwatches.popitem(last=False)
             self.device.release()
         try:
@@ -162,26 +161,28 @@ class Desk:
         self._stopwatches[case, spec] = watch, size
         return watch
 
-    def _room_for(self, size: int) -> bool:
+    def _fits(self, size: int) -> bool:
         held = sum(bytes_ for _, bytes_ in self._stopwatches.values())
         return len(self._stopwatches) < STOPWATCHES and held + size <= KEPT_BYTES
 
 
-def _find(spec: str) -> tuple[Any, str]:
-    """The backend of this name, or package.module:object, and the module that has it. WorkerError "unsupported" if this
-    checkout has none."""
+def _find(spec: str) -> tuple[Backend, str]:
+    """The backend of this name, or package.module:object, and its module.
+
+    Raises WorkerError "unsupported" if this checkout has no such backend.
+    """
     if ":" in spec:
         return _load(spec), spec.partition(":")[0]
     broken: list[WorkerError] = []
     for candidate in _declared():
         try:
-            found = _load(candidate)
-        except WorkerError as error:  # an older checkout lacks some of them; another may be the one
+            backend = _load(candidate)
+        except WorkerError as error:  # an older checkout lacks some of them
             if error.kind == "import":
                 broken.append(error)
             continue
-        if found.name == spec:
-            return found, candidate.partition(":")[0]
+        if backend.name == spec:
+            return backend, candidate.partition(":")[0]
     if broken:
         raise broken[0]
     raise WorkerError("unsupported", f"package: no backend {spec!r} in this version")
@@ -193,7 +194,7 @@ def _declared() -> Iterator[str]:
         yield entry.value
 
 
-def _load(spec: str) -> Any:
+def _load(spec: str) -> Backend:
     module = spec.partition(":")[0]
     try:
         return backends.load(spec)
@@ -206,10 +207,10 @@ def _load(spec: str) -> Any:
 
 
 def _require_own(homes: set[str], worktree: Path) -> None:
-    """WorkerError "import" unless the packages of these modules, as far as they are loaded, come from the worktree.
+    """Raise WorkerError "import" unless the loaded packages of these modules come from the worktree.
 
-    An editable installation of the same package, or PYTHONPATH, may have supplied other code: it would be measured in
-    the place of every commit.
+    Otherwise code from an editable installation of the same package, or from PYTHONPATH, would be measured instead of
+    every commit.
     """
     packages = {home.partition(".")[0] for home in homes} - sys.stdlib_module_names
     if strange := packages & set(FROZEN):

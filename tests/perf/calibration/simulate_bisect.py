@@ -1,8 +1,8 @@
 """A simulated machine and history to compare searches on: `python3 -m tests.perf.calibration.simulate_bisect [RUNS]`.
 
 The machine is noisy (2 %), has outliers (one measurement in twenty is 10 to 30 % slow) and drifts (a random walk of
-0.3 % a measurement: several percent in the time that a search takes), and each process is 0.5 % faster or slower than
-another. One commit of 64 is 3 % slower than its parent.
+0.3 % a measurement: several percent in the time that a search takes), and processes differ by 0.5 %. One commit of 64
+is 3 % slower than its parent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Machine:
         self.random = np.random.default_rng(seed)
         self.culprit, self.commits, self.slower = culprit, commits, slower
         self.noise, self.outliers, self.drift, self.process = noise, outliers, drift, process
-        self.walk, self.measurements, self.sittings = 0.0, 0, 0
+        self.walk, self.measurements, self.paired_runs = 0.0, 0, 0
 
     def time(self, commit: int, process: float = 0.0) -> float:
         """One measurement, in a process that is slower by this (a logarithm)."""
@@ -43,17 +43,17 @@ class Machine:
 
     def ratios(self, commit: int, k: int) -> list[float]:
         """k log ratios to commit 0, each the median of PAIRS pairs of two new processes, in alternating order."""
-        found = []
+        ratios = []
         for _ in range(k):
-            self.sittings += 1
+            self.paired_runs += 1
             processes = {commit: self.new_process()} | {-1: self.new_process()}
             pairs = []
             for pair in range(PAIRS):
-                order = (commit, -1)[:: -1 if (self.sittings + pair) % 2 else 1]
+                order = (commit, -1)[:: -1 if (self.paired_runs + pair) % 2 else 1]
                 times = {which: self.time(max(which, 0), processes[which]) for which in order}
                 pairs.append(np.log(times[commit] / times[-1]))
-            found.append(float(np.median(pairs)))
-        return found
+            ratios.append(float(np.median(pairs)))
+        return ratios
 
 
 def culprit_of(seed: int, commits: int = COMMITS) -> int:
@@ -82,7 +82,7 @@ def plain(machine: Machine, k: int) -> int:
 
 
 def paired(machine: Machine, k: int) -> int:
-    """The same on the mean of k sittings with the good end, which drift does not reach."""
+    """The same on the mean of k paired runs with the good end, which cancel drift."""
     good, bad = 0, machine.commits - 1
     threshold = np.mean(machine.ratios(bad, k)) / 2
     while bad - good > 1:
@@ -92,7 +92,7 @@ def paired(machine: Machine, k: int) -> int:
 
 
 def rate(find, runs: int, change: bool = True, **options) -> tuple[int, float, int]:
-    """(runs that named the right commit, or any where there is no change; mean and largest number of measurements)."""
+    """(runs that name the right commit, or any commit if nothing changed; mean and largest number of measurements)."""
     hits, counts = 0, []
     for seed in range(runs):
         culprit = culprit_of(seed) if change else None
@@ -114,7 +114,7 @@ def main(runs: int) -> None:
     for k in (1, 3, 5, 10, 30, 100):
         row(f"  plain bisection, {k} measurements a step", lambda machine, k=k: plain(machine, k))
     for k in (1, 3, 10):
-        row(f"  plain bisection, {k} sittings with the good end a step", lambda machine, k=k: paired(machine, k))
+        row(f"  plain bisection, {k} paired runs with the good end a step", lambda machine, k=k: paired(machine, k))
     print(f"{'':60} accused")
     row("no change: Bayesian search", bayesian, change=False)
     row("  plain bisection (always accuses), 10 measurements a step", lambda machine: plain(machine, 10), change=False)

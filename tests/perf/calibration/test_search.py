@@ -17,7 +17,7 @@ def test_the_right_commit_of_64_in_98_of_100_runs_at_far_less_than_plain_bisecti
     for k in (1, 3, 5, 10, 30, 100):
         found, needed, _ = rate(lambda machine, k=k: plain(machine, k), 100)
         assert found < 50, (k, found, needed)
-    # Also bisection in sittings, as the search has them, is no match for it at its price; as often right at twice that.
+    # Bisection by paired runs is right less often at the same price, and more often than that only at twice the price.
     (found, needed, _), (twice, price, _) = (rate(lambda machine, k=k: paired(machine, k), 100) for k in (5, 10))
     assert found < 95 and needed > 0.9 * mean, (found, needed)
     assert twice > found and price > 1.8 * mean, (twice, price)
@@ -37,7 +37,7 @@ def test_no_confident_answer_where_there_is_no_change_even_if_the_ends_seem_to_d
     for _ in range(60):
         commit = find.next()
         find.add(commit, machine.ratios(commit, 2))
-    assert not find.answer().certain or find.answer().first == 15
+    assert not find.result().certain or find.result().first == 15
 
 
 def test_confidence_and_interval_mean_what_they_say():
@@ -139,10 +139,10 @@ def test_a_skipped_culprit_is_found_as_a_range():
 def test_two_commits_need_no_search_and_a_budget_is_kept():
     machine = Machine(6, 1, commits=2, slower=0.2)
     ends, answer = search.find(2, machine.ratios)
-    assert ends.differ and answer.first == 1 and answer.certain and machine.sittings == ends.samples
+    assert ends.differ and answer.first == 1 and answer.certain and machine.paired_runs == ends.samples
     machine = Machine(7, 20)
     ends, answer = search.find(64, machine.ratios, budget=22)
-    assert machine.sittings <= 22 and answer is not None and not answer.certain
+    assert machine.paired_runs <= 22 and answer is not None and not answer.certain
     assert 20 in answer.credible and len(answer.credible) < 64
 
 
