@@ -1,4 +1,4 @@
-"""moe-harness fuzz: any problem of the grammar against one backend, until one fails or the budget is used up."""
+"""moe-harness fuzz: random problems of the grammar on one backend, until one fails or the time is used up."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from harness.base.errors import UserError
 from harness.device import DEVICES, ready
 
 SIZES = {"K": 2**10, "M": 2**20, "G": 2**30}
-ON_CPU, ON_GPU = "1M", "256M"  #: of weights and batch: what one problem may take
+ON_CPU, ON_GPU = "1M", "256M"  #: bytes of weights and batch that one problem may take
 
 
 def register(add: Callable[..., Any]) -> None:
     """Declares the command's arguments."""
-    sub = add(fuzz, "fuzz", "Random problems, at the edges of tiles and formats; what fails is shrunk.")
+    sub = add(fuzz, "fuzz", "Random problems, at the edges of tiles and formats; a failure is shrunk.")
     sub.add_argument("--backend", metavar="SPEC", required=True, help="a backend's name, or package.module:object")
     sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu)")
-    sub.add_argument("--seconds", type=float, default=60, metavar="N", help="how long (60); shrinking comes on top")
-    sub.add_argument("--examples", type=int, metavar="N", help="so many problems at most, whatever the time")
+    sub.add_argument("--seconds", type=float, default=60, metavar="N", help="how long (60); shrinking is not included")
+    sub.add_argument("--examples", type=int, metavar="N", help="at most so many problems")
     sub.add_argument(
-        "--bytes", metavar="SIZE", help=f"what a problem's weights and batch may take ({ON_GPU}; on the cpu {ON_CPU})"
+        "--bytes", metavar="SIZE", help=f"most bytes of a problem's weights and batch ({ON_GPU}; on the cpu {ON_CPU})"
     )
     sub.add_argument("--seed", type=int, metavar="N", help="the same problems again (random, and printed)")
-    sub.add_argument("--sequences", action="store_true", help="small problems, each asked by sequences of calls")
+    sub.add_argument("--sequences", action="store_true", help="small problems, each with sequences of calls")
 
 
 def fuzz(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit code."""
     from harness import backend as backends
     from harness.base.minimal import missing
 
@@ -49,7 +50,7 @@ def fuzz(args: argparse.Namespace) -> int:
 
     from harness.run.fuzz import SEQUENCES, Space
     from harness.run.fuzz import fuzz as search
-    from harness.run.isolated import Broken, IsolatedRunner
+    from harness.run.isolated import IsolatedRunner, RunnerError
 
     most = most or _bytes(ON_CPU if device.on_cpu else ON_GPU)
     seed = args.seed if args.seed is not None else secrets.randbelow(2**32)
@@ -57,23 +58,23 @@ def fuzz(args: argparse.Namespace) -> int:
     again += " --sequences" if args.sequences else ""
     print(f"moe-harness: {backend.name} on {device}, seed {seed}", flush=True)
     try:
-        with IsolatedRunner(args.backend, device) as apart:
-            told = search(
-                apart, SEQUENCES if args.sequences else Space(), seed=seed, seconds=args.seconds, most=most,
+        with IsolatedRunner(args.backend, device) as runner:
+            result = search(
+                runner, SEQUENCES if args.sequences else Space(), seed=seed, seconds=args.seconds, most=most,
                 examples=args.examples, progress=_progress,
             )  # fmt: skip
-    except Broken as error:
+    except RunnerError as error:
         raise UserError(f"--backend {args.backend}: {str(error).splitlines()[-1]}") from error
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
-    print("\n".join(_counted(told)))
-    if told.found is None:
-        if told.cases:
+    print("\n".join(_count_lines(result)))
+    if result.found is None:
+        if result.cases:
             print("nothing found")
             return 0
         print(f"nothing ran: {backend.name} supports none of these problems, or --seconds was too short")
         return 1
-    print("\n".join(_found(told, again)))
+    print("\n".join(_failure_lines(result, again)))
     return 1
 
 
@@ -84,40 +85,42 @@ def _bytes(text: str) -> int:
     return int(number) * unit
 
 
-def _progress(told: Any, case: Any) -> None:
+def _progress(result: Any, case: Any) -> None:
     if sys.stderr.isatty():
-        state = f"shrinking {told.shrinking}" if told.found else f"{told.cases} ran"
+        state = f"shrinking {result.shrinking}" if result.found else f"{result.cases} ran"
         print(f"\r\033[K{state}  {str(case)[:100]}", end="", file=sys.stderr, flush=True)
 
 
-def _counted(told: Any) -> list[str]:
+def _count_lines(result: Any) -> list[str]:
     def counts(counter: Any) -> str:
         return ", ".join(f"{n} {name}" for name, n in counter.most_common())
 
-    refused = sum(told.refused.values())
-    lines = [f"{told.cases} problems in {told.seconds:.0f} s ({told.cases / max(told.seconds, 1e-9):.1f} a second)"]
-    lines += [f"  of these     {counts(told.ran)}"] if told.ran else []
-    lines += [f"  mistrusted   {told.mistrusted}"] if told.mistrusted else []
-    lines += [f"  unsupported  {refused}, not counted: {counts(told.refused)}"] if refused else []
+    refused = sum(result.refused.values())
+    lines = [
+        f"{result.cases} problems in {result.seconds:.0f} s ({result.cases / max(result.seconds, 1e-9):.1f} a second)"
+    ]
+    lines += [f"  of these     {counts(result.ran)}"] if result.ran else []
+    lines += [f"  mistrusted   {result.mistrusted}"] if result.mistrusted else []
+    lines += [f"  unsupported  {refused}, not counted: {counts(result.refused)}"] if refused else []
     return lines
 
 
-def _found(told: Any, again: str) -> list[str]:
+def _failure_lines(result: Any, again: str) -> list[str]:
     from harness.problem.case import Case
     from harness.run.fuzz import home
 
-    verdict = told.found
-    once = "asked once more, in a new process, it was right: it depends on what ran before"
+    verdict = result.found
+    unrepeated = "it passed in a new process: the failure depends on the cases before it"
     return [
         "",
         f"{verdict.case} {verdict.status}: {verdict.reason}",
-        *verdict.report.rstrip().removeprefix(verdict.reason).splitlines(),
-        *([] if told.every_time else [once]),
+        *verdict.details.splitlines(),
+        *([] if result.every_time else [unrepeated]),
         "",
-        f"found after {told.cases} problems, shrunk with {told.shrinking} more; this one again:",
+        f"found after {result.cases} problems, shrunk with {result.shrinking} more; to run this one again:",
         f"  {verdict.reproduce}",
-        "all of them again:",
-        f"  {again} --examples {told.cases}",
+        "to run all of them again:",
+        f"  {again} --examples {result.cases}",
         f"to keep it, one line of ROWS in {home(Case.parse(verdict.case))}:",
         f'  "{verdict.case}": "WHY: what went wrong here, and where it was seen",',
     ]
