@@ -1,12 +1,12 @@
-# make verify   the battery, on every device that is here
+# make verify   the whole suite, on every device of this machine
 # make test     the project's own tests                       make lint   ruff and mypy
-# make structure  what each call does, counted, and its machine code, against cases/structure.toml
-# make mutants  a part of the known bugs, put back into the kernels: is each noticed, and nobody else accused?
+# make structure  counts of each call and its machine code, against cases/structure.toml
+# make mutants  a part of the known bugs, put back into the kernels: the suite must notice each, and accuse no other
 # make upstream kernels that others ship (vLLM's and transformers' on the CPU, vLLM's for Intel GPUs emulated), in .venv-upstream
-# make clean    remove what these made, but for results
+# make clean    remove all that these made, except results
 #
-# The first that is made installs into $(VENV). PYTHON=... chooses another Python. SYSTEM=1 takes torch and all else that this
-# Python has installed already, whatever its version (a GPU machine's own torch, say): the pinned versions are then left.
+# The first target installs into $(VENV). PYTHON=... chooses another Python. SYSTEM=1 keeps torch and all other packages that
+# this Python has already, such as a GPU machine's own torch: the pinned versions are then ignored.
 PYTHON ?= python3
 VENV ?= .venv
 SYSTEM ?=
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/moe-harness-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
 
-# A row of matrix.toml each: what runs, which versions, and how much must come of it.
+# One row of matrix.toml each: its backends, versions and floor.
 UPSTREAM := transformers vllm-cpu vllm-xpu-emulated
 UPSTREAM_VENV ?= .venv-upstream
 UPSTREAM_STAMP := $(UPSTREAM_VENV)/moe-harness-installed
@@ -60,7 +60,7 @@ $(UPSTREAM_STAMP): matrix.toml pyproject.toml setup.py constraints.txt
 	@"$(PYTHON)" -m harness.ci.matrix $(lastword $(UPSTREAM)) --install --venv "$(UPSTREAM_VENV)" >/dev/null
 	@touch $@
 
-# The stamp is written last: an installation that was interrupted is taken up again.
+# The stamp is written last: an interrupted installation is repeated.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON_IS_GOOD)
 	@echo "Installing into $(VENV) with $$("$(PYTHON)" --version) (minutes, once)"
@@ -68,7 +68,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PIP) -e '.[test,dev]' $(if $(SYSTEM),,-c constraints.txt)
 	@touch $@
 
-# A virtual environment that make did not finish may be somebody else's: it stays.
+# A virtual environment without the stamp may not be ours: it stays.
 clean:
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks *.egg-info
 	@find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +

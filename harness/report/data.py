@@ -1,4 +1,4 @@
-"""Everything that the page shows, aggregated and laid out in columns: JSON-ready, no table or text in it twice."""
+"""The page's data, aggregated, in columns, ready for JSON: no table or text occurs twice."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from typing import Any
 from harness.base.text import number
 from harness.problem import words
 from harness.report import history, performance
-from harness.report.history import Item, Place, Record, Run, State
+from harness.report.history import Item, Place, Run, State
+from harness.results.file import Record
 from harness.results.verdict import FAILED, JUDGED, STATISTICS, STATUSES
 
-TEXTS = 12_000_000  #: characters of failures' reports and error maps that go into a page, at most
+TEXTS = 12_000_000  #: characters of failures' reports and error maps in a page, at most
 TEXT = 20_000  #: characters of one report
 BINS = 20  #: of the budget from 0 to 1
 GROUPS = 200  #: reasons that are listed, at most
 NUMBERS = (int, float)
 LETTERS = dict(zip(STATUSES, "pfmuchk"))
-STALE = 7 * 86400  #: seconds after which a place that did not run with the newest is remarked on
+STALE = 7 * 86400  #: seconds before the newest run from which a place gets a warning
 
 Row = tuple[Place, Item, Record]
 
 
 def payload(records: list[Record], remarks: list[str], title: str, made: str) -> dict[str, Any]:
-    """The page's data. `made`: when, as text."""
+    """The page's data. remarks: those of the merge; made: when the page is made, as text."""
     runs = history.runs(records)
     states = sorted(history.states(runs).values(), key=lambda state: state.place)
     rows: list[Row] = [(s.place, key, record) for s in states for key, record in sorted(s.records.items())]
@@ -80,7 +81,7 @@ def _versions(run: Run) -> str:
 
 
 def _turned(state: State) -> list[list[str]]:
-    """The cases that are red and were not in the state before, as [family, backend, case]."""
+    """[family, backend, case] of the cases that are red and were not red in the state before."""
     assert state.before is not None
     before = state.before.records
     return [
@@ -101,6 +102,7 @@ def _run(run: Run, states: list[State]) -> dict[str, Any]:
 
 
 def stale(states: list[State]) -> list[str]:
+    """A line for every place that last ran more than STALE before the newest run."""
     newest = max((state.runs[-1].started for state in states), default=0.0)
     return [
         f"{label(state.place)} last ran {number(int(late // 86400), 'day')} before the newest run"
@@ -111,26 +113,27 @@ def stale(states: list[State]) -> list[str]:
 
 def tested_less(states: list[State]) -> list[str]:
     """A line for every backend at a place that executed fewer cases of a family than in the state before."""
-    found = []
+    lines = []
     for state in states:
         less: dict[str, list[str]] = defaultdict(list)
         for backend, family, now, before in history.executed_less(state):
             less[backend].append(f"{family} {now} instead of {before}")
-        found += [
+        lines += [
             f"{backend} at {label(state.place)} executed fewer cases than before: {', '.join(families)}"
             for backend, families in less.items()
         ]
-    return found
+    return lines
 
 
 def label(place: Place) -> str:
+    """The name of a place for a reader."""
     device = place.device.replace(" (emulated)", ", emulated")
     return device if place.name == place.device else f"{place.name} ({device})"
 
 
 # -- the cases in columns ---------------------------------------------------------------------------------------------
 class Strings:
-    """A table of strings; adding one gives its place."""
+    """A table of distinct strings; `add` returns a string's index."""
 
     def __init__(self) -> None:
         self.places: dict[str, int] = {}
@@ -140,21 +143,21 @@ class Strings:
 
 
 class Columns:
-    """One value a row and column; strings as places in a table that is named as the column."""
+    """One value for each row and column; a string is an index into the table with the name of its column."""
 
     def __init__(self, rows: list[Row], states: list[State], runs: list[Run]) -> None:
         self.tables: dict[str, Strings] = defaultdict(Strings)
         self.columns: dict[str, list[Any]] = defaultdict(list)
         self.sparse: dict[str, dict[str, list[Any]]] = {"budgets": {}, "trace": {}}
         place_of = {state.place: n for n, state in enumerate(states)}
-        told = past(runs)
+        letters = past(runs)
         for n, (place, key, record) in enumerate(rows):
-            self._row(n, place_of[place], record, told[place, key])
+            self._row(n, place_of[place], record, letters[place, key])
         for group in self.sparse.values():
             for column in group.values():
                 column += [None] * (len(rows) - len(column))
 
-    def _row(self, n: int, place: int, record: Record, told: str) -> None:
+    def _row(self, n: int, place: int, record: Record, letters: str) -> None:
         put = self.columns
         put["place"].append(place)
         put["status"].append(STATUSES.index(record["status"]))
@@ -164,9 +167,9 @@ class Columns:
         for name in ("case", "backend", "family", "reason", "statistic", "plan"):
             put[name].append(self.tables[name].add(str(record.get(name, ""))))
         line = str(record.get("reproduce", ""))
-        # The case stands in its own column: what is left is the same for all of a backend and device.
+        # The case is in its own column: the rest is equal for all cases of a backend and device.
         put["reproduce"].append(self.tables["reproduce"].add(line.replace(record["case"], "\0", 1)))
-        put["history"].append(self.tables["history"].add(told))
+        put["history"].append(self.tables["history"].add(letters))
         trace = dict(record.get("trace") or {})
         counted = Counter(trace.pop("launches", None) or [])
         launches = ", ".join(name + (f" x{times}" if times > 1 else "") for name, times in counted.items())
@@ -188,20 +191,21 @@ class Columns:
 
 
 def past(runs: list[Run]) -> dict[tuple[Place, Item], str]:
-    """Of every case at every place, a letter for each run that asked it, oldest first: p, f, m, u, c or h."""
-    found: dict[tuple[Place, Item], str] = defaultdict(str)
+    """{(place, item): one letter of LETTERS for each of its runs, oldest first}."""
+    letters: dict[tuple[Place, Item], str] = defaultdict(str)
     for run in runs:
         for key, record in run.records.items():
-            found[run.place, key] += LETTERS[record["status"]]
-    return found
+            letters[run.place, key] += LETTERS[record["status"]]
+    return letters
 
 
 def share(used: Any) -> float | str | None:
-    """A share of the budget to three digits; "inf" stays what it is."""
+    """A share of the budget to three digits; "inf" stays "inf"."""
     return used if used in ("inf", None) else rounded(used)
 
 
 def rounded(value: Any) -> float | None:
+    """A finite number to three digits, otherwise None."""
     if type(value) not in NUMBERS or not math.isfinite(value):
         return None
     short = float(f"{value:.3g}")
@@ -209,7 +213,7 @@ def rounded(value: Any) -> float | None:
 
 
 class Texts:
-    """Reports and error maps of what is red, as many as fit: the first of each family and backend before the second."""
+    """Reports and error maps of failures, as many as fit: the first of each family and backend before the second."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.reports: dict[int, str] = {}
@@ -221,14 +225,14 @@ class Texts:
             if record["status"] in FAILED and (record.get("report") or record.get("error_map")):
                 waiting.append((turn[place, family, backend], n, record))
                 turn[place, family, backend] += 1
-        room, left_out = TEXTS, 0
+        left, left_out = TEXTS, 0
         for _, n, record in sorted(waiting, key=lambda entry: entry[:2]):
             report, error_map = str(record.get("report") or ""), record.get("error_map")
             size = min(len(report), TEXT) + (len(json.dumps(error_map)) if error_map else 0)
-            if size > room:
+            if size > left:
                 left_out += 1
                 continue
-            room -= size
+            left -= size
             if report:
                 cut = f"\n... {len(report) - TEXT} characters more" if len(report) > TEXT else ""
                 self.reports[n] = report[:TEXT] + cut
@@ -243,7 +247,7 @@ class Texts:
 
 # -- tables -----------------------------------------------------------------------------------------------------------
 def matrix(rows: list[Row], states: list[State]) -> list[dict[str, Any]]:
-    """A cell for every place, backend and family that has records."""
+    """A cell for every place, backend and family with records."""
     place_of = {state.place: n for n, state in enumerate(states)}
     cells: dict[tuple[int, str, str], list[Record]] = defaultdict(list)
     for place, (family, backend, _), record in rows:
@@ -255,7 +259,7 @@ def matrix(rows: list[Row], states: list[State]) -> list[dict[str, Any]]:
 
 
 def cell(records: Iterable[Record]) -> dict[str, Any]:
-    """Verdicts by status, and the worst share of the budget of those that were judged (None: there were none)."""
+    """Verdicts by status, and the worst share of the budget of the judged ones (None if there are none)."""
     records = list(records)
     judged = [float(r.get("budget") or 0.0) for r in records if r["status"] in JUDGED]
     worst = max(judged, default=None)
@@ -266,7 +270,7 @@ def cell(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def not_run(rows: list[Row]) -> list[dict[str, Any]]:
-    """Why cases were not run, by the keyword of the reason, the most frequent first; every text, and who said it."""
+    """Reasons of unsupported cases by keyword, the most frequent first; every text with its backend and count."""
     found: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
     for _, (_, backend, _), record in rows:
         if record["status"] == "unsupported":
@@ -283,7 +287,7 @@ def not_run(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def reasons(rows: list[Row]) -> list[dict[str, Any]]:
-    """What is red, mistrusted or known by its reason, whatever numbers are in it; red first, then the most frequent."""
+    """Red, mistrusted and known verdicts by reason, its numbers aside; red first, then the most frequent."""
     found: dict[tuple[bool, str, str], list[int]] = defaultdict(list)
     for n, (_, _, record) in enumerate(rows):
         status = record["status"]
@@ -304,8 +308,10 @@ def reasons(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def histograms(rows: list[Row], states: list[State]) -> list[dict[str, Any]]:
-    """Of every place and backend, how much of the budget was used by cases judged statistically: BINS equal bins from 0
-    to 1, and one for more. Exact cases use none of it or infinitely much: they say nothing here."""
+    """Histograms of the share of the budget, for every place and backend: BINS equal bins from 0 to 1, one for more.
+
+    Only cases judged statistically: the share of an exact case is 0 or infinite.
+    """
     place_of = {state.place: n for n, state in enumerate(states)}
     found: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0] * (BINS + 1))
     for place, (_, backend, _), record in rows:

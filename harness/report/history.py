@@ -1,8 +1,8 @@
-"""Many runs of many places: what is the state now, what was before, and where times changed their level.
+"""Many runs of many places: the state now, the state before, and the shifts of times.
 
-A place is what results may be compared on: a row of the CI matrix if records name one, else the hardware and the
-versions that run there. The state of a place is its newest run; with it go the earlier runs of the same commit that
-share no case with it (shards, other backends). A shard that is run again, case by case, replaces the one it repeats.
+Results are comparable within a place: a row of the CI matrix if records name one, else the hardware and its versions.
+The state of a place is its newest run, with the earlier runs of the same commit that share no case with it (shards,
+other backends). A shard that runs again, with exactly the same cases, replaces the earlier one.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
+from harness.results.file import Record
 from harness.results.verdict import NOT_EXECUTED
 
-Record = dict[str, Any]
 Item = tuple[str, str, str]  #: family, backend, case
 VERSIONS = ("python", "torch", "triton", "cuda")
 
 ALPHA = 0.05  #: false discoveries among the marked shifts of a report
-MIN_CHANGE = 0.02  #: smaller shifts are not marked, however certain they are
-MIN_RUNS = 4  #: on either side of a shift
-TRIM = 0.1  #: share of the runs left out at either end, on either side: outliers
+MIN_CHANGE = 0.02  #: smaller shifts are never marked
+MIN_RUNS = 4  #: the least number of runs on either side of a shift
+TRIM = 0.1  #: the share of outliers: runs left out at either end, on either side of a shift
 
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where runs can be compared."""
+    """Runs of one place can be compared."""
 
     name: str  #: the row of the matrix, or the hardware
     device: str
-    versions: str = ""  #: "" where a row names the place: its history goes on through updates
+    versions: str = ""  #: "" if a row names the place: its history continues through updates
 
     @classmethod
-    def of(cls, record: Record) -> Place:
+    def from_record(cls, record: Record) -> Place:
+        """The place where a record was made."""
         environment = record.get("environment") or {}
         if row := record.get("row"):
             return cls(str(row), record["device"])
@@ -64,25 +64,26 @@ class Run:
 
 
 def runs(records: Iterable[Record]) -> list[Run]:
-    """The runs, oldest first. A run on two devices counts as one at each."""
-    found: dict[tuple[str, Place], Run] = {}
+    """The runs, oldest first. A run on two devices is a run at each."""
+    by_name: dict[tuple[str, Place], Run] = {}
     for record in records:
-        name, place = str(record.get("run", "")), Place.of(record)
-        if (name, place) not in found:
-            found[name, place] = Run(name, place, seconds(name.split(" ")[0]), str(record.get("commit", "unknown")))
-        run = found[name, place]
+        name, place = str(record.get("run", "")), Place.from_record(record)
+        if (name, place) not in by_name:
+            by_name[name, place] = Run(name, place, seconds(name.split(" ")[0]), str(record.get("commit", "unknown")))
+        run = by_name[name, place]
         run.records[item(record)] = record
         run.ended = max(run.ended, seconds(str(record.get("time", ""))))
-    return sorted(found.values(), key=lambda run: (run.started, run.name))
+    return sorted(by_name.values(), key=lambda run: (run.started, run.name))
 
 
 def item(record: Record) -> Item:
+    """The family, backend and case of a record."""
     return str(record.get("family", "")), record["backend"], record["case"]
 
 
 @lru_cache(maxsize=1 << 16)
 def seconds(time: str) -> float:
-    """Seconds since 1970 of a time as results files have it; 0 if it is none."""
+    """Seconds since 1970 of a time of a results file; 0 if the text is not a time."""
     try:
         read = datetime.strptime(time, "%Y-%m-%dT%H:%M:%S%z")
     except ValueError:
@@ -93,7 +94,7 @@ def seconds(time: str) -> float:
 # -- the state --------------------------------------------------------------------------------------------------------
 @dataclass
 class State:
-    """What a place is at: its newest record of every case, of the runs that belong together, and the state before."""
+    """The newest record of every case at a place, in runs that belong together, and the state before."""
 
     place: Place
     runs: list[Run]
@@ -104,10 +105,10 @@ class State:
         return {key: record for run in self.runs for key, record in run.records.items()}
 
 
-def states(found: list[Run]) -> dict[Place, State]:
-    """The state of every place, of its runs from the oldest to the newest."""
+def states(runs: list[Run]) -> dict[Place, State]:
+    """The state of every place. runs: the oldest first."""
     now: dict[Place, State] = {}
-    for run in found:
+    for run in runs:
         state = now.get(run.place)
         kept = None if state is None or state.runs[-1].commit != run.commit else _kept(state.runs, run)
         if state is None or kept is None:
@@ -120,8 +121,10 @@ def states(found: list[Run]) -> dict[Place, State]:
 
 
 def _kept(group: list[Run], run: Run) -> list[Run] | None:
-    """Those of the group that go on beside the run: all if it shares no case with them, all but the one that it
-    repeats; None if it is another beginning."""
+    """The runs of the group that stay in one state with the run; None if the run begins another state.
+
+    All stay if the run shares no case with them; all but one if it repeats exactly that one.
+    """
     sharing = [old for old in group if old.records.keys() & run.records.keys()]
     if not sharing:
         return group
@@ -131,7 +134,7 @@ def _kept(group: list[Run], run: Run) -> list[Run] | None:
 
 
 def executed_less(state: State) -> list[tuple[str, str, int, int]]:
-    """(backend, family, executed now, and before), wherever it is less than in the last state that executed any."""
+    """(backend, family, executed now, executed before), where fewer cases ran than in the last state that ran any."""
     before: dict[tuple[str, str], int] = {}
     older = state.before
     while older is not None:
@@ -152,22 +155,21 @@ def _executed(state: State) -> Counter[tuple[str, str]]:
 # -- shifts -----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Shift:
-    """A series changed its level."""
+    """A change of the level of a series."""
 
     at: int  #: the first value of the new level
-    ratio: float  #: median after over median before, of the values between the shifts next to this one
-    p: float  #: after the correction for the places where it might have been
+    ratio: float  #: median after / median before, between the neighbouring shifts
+    p: float  #: p-value, corrected for the number of possible places
 
 
 def shifts(series: list[list[float]]) -> list[list[Shift]]:
-    """Where each series of positive times changed its level, oldest first; most do nowhere.
+    """The shifts of each series of positive times, oldest first; most series have none.
 
-    A series is cut where its ranks are most unlike on the two sides (Pettitt 1979), each part again, as long as
-    MIN_RUNS remain on either side. Then neighbouring parts are compared by Yuen's t-test of log time, trimmed by TRIM
-    (scipy.stats.ttest_ind with trim), the p-value multiplied by the number of places where a cut could be (Bonferroni),
-    and the parts that differ least are joined until all that are left differ. A shift is marked if it is among the
-    discoveries at a false discovery rate of ALPHA over all series (Benjamini and Hochberg 1995) and at least MIN_CHANGE
-    large.
+    A series is cut where the ranks of its sides differ most (Pettitt 1979), and each part again, as long as MIN_RUNS
+    remain on either side. Yuen's t-test of log time, trimmed by TRIM (scipy.stats.ttest_ind with trim), compares
+    neighbouring parts; its p-value is multiplied by the number of possible cuts (Bonferroni). The two parts that differ
+    least are joined until all differ. A shift is marked if it is a discovery at a false discovery rate of ALPHA over
+    all series (Benjamini and Hochberg 1995) and at least MIN_CHANGE large.
     """
     logs = [np.log(np.asarray(values, dtype=float)) for values in series]
     cuts = [_cuts(log) for log in logs]
@@ -198,7 +200,7 @@ def _neighbours(cuts: list[int], length: int) -> list[tuple[int, int, int]]:
 
 
 def _cuts(values: np.ndarray, start: int = 0) -> list[int]:
-    """Every place where a level may have changed, in order."""
+    """Every possible place of a shift, in order."""
     n = len(values)
     if n < 2 * MIN_RUNS:
         return []
@@ -212,7 +214,7 @@ def _cuts(values: np.ndarray, start: int = 0) -> list[int]:
 
 
 def _p_values(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
-    """Of all pairs of equal lengths at once: one call of scipy costs as much for a thousand as for one."""
+    """One p-value for each (before, after). Pairs of equal lengths share a call of scipy, which costs the same."""
     from scipy import stats
 
     found = [1.0] * len(pairs)
@@ -221,7 +223,7 @@ def _p_values(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
         alike[len(before), len(after)].append(n)
     for members in alike.values():
         before, after = (np.stack([pairs[n][side] for n in members]) for side in (0, 1))
-        with warnings.catch_warnings():  # values without any scatter: p is then 0, or NaN if they are all the same
+        with warnings.catch_warnings():  # without scatter p is 0, or NaN if all values are equal
             warnings.simplefilter("ignore", RuntimeWarning)
             p = stats.ttest_ind(before, after, axis=1, equal_var=False, trim=TRIM).pvalue
         same = np.median(before, axis=1) == np.median(after, axis=1)

@@ -1,8 +1,8 @@
-"""The page: one HTML file that holds its style, its script and its data, and asks nobody for anything.
+"""The page: one HTML file with its style, its script and its data, without any request.
 
-The data is JSON, deflated and in base64, which the browser unpacks by itself (DecompressionStream: Chromium 80, Firefox
-113, Safari 16.4). Nothing of it can be markup: base64 has no "<", and the script sets text, never HTML. A content
-security policy allows this script and this style by their hashes and nothing else.
+The data is JSON, deflated, in base64; the browser unpacks it (DecompressionStream: Chromium 80, Firefox 113, Safari
+16.4). It cannot become markup: base64 has no "<", and the script sets text, never HTML. A content security policy
+allows this script and this style, by their hashes, and nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCRIPTS = ("base.js", "charts.js", "detail.js", "cases.js", "overview.js", "time
 
 
 def render(payload: dict[str, Any], plain: list[str]) -> str:
-    """The file's whole text; `plain` lines stand for the page where scripts are switched off."""
+    """The text of the file. plain: lines that replace the page if scripts are switched off."""
     script = "\n".join(["'use strict';", *((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS)])
     style = (ASSETS / "page.css").read_text(encoding="utf-8")
     text = json.dumps(payload, separators=(",", ":"), allow_nan=False)

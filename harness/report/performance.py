@@ -1,4 +1,4 @@
-"""What the page shows about time: every timed case against the roof of its device, and its times over the runs."""
+"""The page's times: every timed case against the roofline of its device, and its times over the runs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from harness.report import history
 from harness.report.history import Item, Place, Record, Run
 
 NUMBERS = ("device_us", "host_us", "compile_seconds", "bytes", "flops", "bytes_per_s", "flops_per_s", "floor_us")
-#: What else is known of a timing.
+#: The conditions of a timing.
 CONDITIONS = ("configurations", "clocks", "method", "operand")
 
 Row = tuple[Place, Item, Record]
 
 
 def timed(record: Record) -> dict[str, Any] | None:
-    """The record's perf, if it holds a time."""
+    """The record's "perf" if it holds a time, otherwise None."""
     perf = record.get("perf")
     us = _finite(perf.get("device_us")) if isinstance(perf, dict) else None
     return perf if us is not None and us > 0 else None
 
 
 def roof_share(perf: dict[str, Any]) -> float | None:
-    """The least time that the measured ceilings allow over the measured time; None if the ceilings are not known."""
+    """The least time that the measured ceilings allow / the measured time; None if the ceilings are unknown."""
     floor = perf.get("floor_us")
     if floor is None:
         ceilings = perf.get("ceilings") or {}
@@ -39,25 +39,27 @@ def roof_share(perf: dict[str, Any]) -> float | None:
 
 
 def perf(rows: list[Row]) -> dict[str, Any]:
-    """Columns of the rows that were timed; ceilings and conditions once each, in tables."""
-    found: dict[str, list[Any]] = {name: [] for name in ("row", "share", "ceilings", *NUMBERS, *CONDITIONS)}
+    """Columns of the timed rows; each distinct ceiling and condition is once in `tables`."""
+    columns: dict[str, list[Any]] = {name: [] for name in ("row", "share", "ceilings", *NUMBERS, *CONDITIONS)}
     tables: dict[str, dict[str, int]] = {name: {} for name in ("ceilings", *CONDITIONS)}
     for n, (_, _, record) in enumerate(rows):
-        if (told := timed(record)) is None:
+        if (timing := timed(record)) is None:
             continue
-        found["row"].append(n)
-        found["share"].append(_short(roof_share(told)))
+        columns["row"].append(n)
+        columns["share"].append(_short(roof_share(timing)))
         for name in NUMBERS:
-            found[name].append(_short(told.get(name)))
+            columns[name].append(_short(timing.get(name)))
         for name, table in tables.items():
-            text = json.dumps(told.get(name), sort_keys=True)
-            found[name].append(table.setdefault(text, len(table)))
-    return {**found, "tables": {name: [json.loads(text) for text in table] for name, table in tables.items()}}
+            text = json.dumps(timing.get(name), sort_keys=True)
+            columns[name].append(table.setdefault(text, len(table)))
+    return {**columns, "tables": {name: [json.loads(text) for text in table] for name, table in tables.items()}}
 
 
 def series(rows: list[Row], runs: list[Run]) -> list[dict[str, Any]]:
-    """The device times over the runs of every case in the state that was timed at least twice: the runs' places in
-    `runs`, the times, where their level shifted, and the newest over the median of those before."""
+    """The device times over the runs, in microseconds, of every case of the state that was timed at least twice.
+
+    runs: indices into `runs`; newest: the newest time / the median of the earlier ones; shifts: see history.shifts.
+    """
     over: dict[tuple[Place, Item], list[tuple[int, Record]]] = defaultdict(list)
     for n, run in enumerate(runs):
         for key, record in run.records.items():
@@ -81,23 +83,23 @@ def series(rows: list[Row], runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _changed(before: Record, after: Record) -> list[str]:
-    """What else changed when the level did, in words."""
+    """The conditions that changed with the level, in words."""
     old, new = _conditions(before), _conditions(after)
     return [f"{name} {_difference(old[name], new[name])}" for name in old if old[name] != new[name]]
 
 
 def _conditions(record: Record) -> dict[str, str]:
-    """What may explain a shift: clocks do not count, they always differ a little."""
-    told, environment = record["perf"], record.get("environment") or {}
-    known = {name: told.get(name) for name in CONDITIONS if name != "clocks"}
-    known["configurations"] = "; ".join(told.get("configurations") or [])
-    known["driver"] = (told.get("clocks") or {}).get("driver_version")
+    """Conditions that may explain a shift. Not the clocks: they always differ a little."""
+    timing, environment = record["perf"], record.get("environment") or {}
+    known = {name: timing.get(name) for name in CONDITIONS if name != "clocks"}
+    known["configurations"] = "; ".join(timing.get("configurations") or [])
+    known["driver"] = (timing.get("clocks") or {}).get("driver_version")
     known |= {name: environment.get(name) for name in history.VERSIONS}
     return {name: str(value or "unknown") for name, value in known.items()}
 
 
 def _difference(old: str, new: str) -> str:
-    """Only the words that differ, if there are as many of them."""
+    """The words that differ, if both texts have equally many; otherwise both texts."""
     words = list(zip(old.split(), new.split()))
     if len(old.split()) != len(new.split()):
         words = [(old, new)]
@@ -109,5 +111,5 @@ def _finite(value: Any) -> float | None:
 
 
 def _short(value: Any) -> float | None:
-    found = _finite(value)
-    return None if found is None else float(f"{found:.5g}")
+    number = _finite(value)
+    return None if number is None else float(f"{number:.5g}")

@@ -31,11 +31,11 @@ def page(*records):
 
 # -- places and states ------------------------------------------------------------------------------------------------
 def test_a_place_is_a_row_or_the_hardware_with_its_versions():
-    assert Place.of(verdict()) == Place("x86_64", "cpu", "python 3.12, torch 2.11")
-    assert Place.of(verdict(row="cpu-3.10")) == Place("cpu-3.10", "cpu", "")
+    assert Place.from_record(verdict()) == Place("x86_64", "cpu", "python 3.12, torch 2.11")
+    assert Place.from_record(verdict(row="cpu-3.10")) == Place("cpu-3.10", "cpu", "")
     gpu = {"environment": HOST | {"device_name": "NVIDIA H200", "triton": "3.6"}, "device": "cuda"}
-    assert Place.of(verdict() | gpu) == Place("NVIDIA H200", "cuda", "python 3.12, torch 2.11, triton 3.6")
-    assert Place.of({"device": "cpu"}) == Place("unknown machine", "cpu")
+    assert Place.from_record(verdict() | gpu) == Place("NVIDIA H200", "cuda", "python 3.12, torch 2.11, triton 3.6")
+    assert Place.from_record({"device": "cpu"}) == Place("unknown machine", "cpu")
 
 
 def state(*records):

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its DevTools pipe: enough to open a page, press keys and ask it questions."""
+"""A headless Chromium, driven over its DevTools pipe: opens a page, presses keys, evaluates expressions."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ KEYS = {
 
 
 def binary() -> str:
-    """The browser's path; the test skips where there is none, or fails where REQUIRE is set."""
-    asked = os.environ.get("CHROMIUM")
-    found = shutil.which(asked) if asked else next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        reason = f"no browser: CHROMIUM={asked!r} is none" if asked else f"no browser: none of {', '.join(NAMES)}"
+    """The browser's path. Without a browser the test skips, or fails if REQUIRE is set."""
+    name = os.environ.get("CHROMIUM")
+    path = shutil.which(name) if name else next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        reason = f"no browser: CHROMIUM={name!r} is none" if name else f"no browser: none of {', '.join(NAMES)}"
         if os.environ.get(REQUIRE) == "1":
-            pytest.fail(f"{reason}, and {REQUIRE}=1 wants one")
+            pytest.fail(f"{reason}, and {REQUIRE}=1 requires one")
         pytest.skip(reason)
-    return found
+    return path
 
 
 class Browser:
     """One browser process with one page at a time."""
 
     def __init__(self, patience: float = 60.0) -> None:
-        self.patience = patience  #: seconds that any answer may take
+        self.patience = patience  #: seconds that an answer may take
         self.profile = tempfile.mkdtemp(prefix="moe-harness-chromium-")
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
-        # The protocol is spoken on the file descriptors 3 and 4.
+        # The protocol uses the file descriptors 3 and 4.
         shell = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
         self.process = subprocess.Popen(
             ["bash", "-c", shell, binary(), *FLAGS, f"--user-data-dir={self.profile}", "about:blank"],

@@ -1,4 +1,4 @@
-"""What the tests that interpret Triton kernels share. Imported first: it skips them where there is no interpreting."""
+"""Shared by the tests that interpret Triton kernels. Import it first: it skips them if no kernel can be interpreted."""
 
 import math
 
@@ -18,7 +18,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Uninitialized memory holds what hurts most: NaN, and integers beyond every bound."""
+    """Fill uninitialized memory with NaN, and with integers beyond every bound."""
     allocate = torch.empty
 
     def poison(tensor):

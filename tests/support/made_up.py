@@ -1,4 +1,4 @@
-"""A module of backends that compute nothing: for tests in which verdicts are made up."""
+"""The text of a module of backends that compute nothing, for tests with made-up verdicts."""
 
 MINE = """
 import os
