@@ -80,7 +80,7 @@ def _messages(bug: Bug, settings: Settings, schedule: Schedule | None, parent: C
         yield _run(bug, START, "crashed", str(error), _error_type(error))
         return
     if device.emulated:
-        loaded = {spec: backend for spec, backend in loaded.items() if getattr(backend, "xpu_contract", False)}
+        loaded = {spec: backend for spec, backend in loaded.items() if backend.xpu_contract}
     if schedule is None:
         yield from _count(bug, device, None)
         return
