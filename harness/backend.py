@@ -1,32 +1,7 @@
-"""Backends: what a kernel author writes, where they are found, and what they may answer.
+"""Backends: the layer that they get, the registry that finds them, and the checks of what they declare.
 
-A backend is any object (or class without constructor arguments) with
-
-    name        str
-    devices     the devices it runs on, a set of "cpu", "cuda", "xpu"
-    prepare(problem, layer)   returns call(hidden_states, topk_weights, topk_ids, out=None) -> Tensor [T, K]
-
-and, if it wants,
-
-    available()           None, or one line: why it cannot be used here (a package is missing)
-    supports(problem)     None, or "<keyword>: reason" with a keyword of UNSUPPORTED
-    declares(problem)     what the adapted package says of itself: None, or its reason (moe-harness capabilities)
-    plans(problem)        its rounding plans, a list of dicts (reference/plan.py); undeclared: usual ones are tried
-    interpreted           True for Triton kernels: on the CPU they need Triton's interpreter
-    deterministic         False: repeated calls may differ in bits
-    batch_invariant       True: a token's row has the same bits in every batch; "configured": under any one of its
-                          configurations
-    configurations(problem)      tile configurations, a dict from names to keyword options of prepare(): all are checked
-    nan_safe              False: what nobody asks for is multiplied by zero, so that NaN there reaches the output;
-                          never asked of it
-    stages(call, hidden_states, topk_weights, topk_ids)   one call of what prepare() returned, as a dict of the values
-                          between its stages (diagnose/localise.py): a failure then says which stage is wrong
-    expected_launches(problem)   (required, forbidden): sets of substrings of kernel names, checked against the trace
-    route(logits, top_k, method, **options)   the router: (topk_weights, topk_ids), asked by scenarios/router.py
-    align(topk_ids, block_size, num_experts, **options)   pairs sorted by expert, asked by scenarios/alignment.py
-
-No import from here is needed. prepare() gets the layer's tensors on the device (`Layer`): it may keep the layer, not
-the tensors, because scenarios replace them between calls.
+A backend is any object (or a class without constructor arguments) with attributes of `Backend` (harness/protocol.py);
+three are required. Its author imports nothing from here. docs/your-kernel.md has the table of the attributes.
 """
 
 from __future__ import annotations
@@ -41,27 +16,15 @@ from typing import Any
 import torch
 
 from harness import device as devices
+from harness.base.errors import UserError
 from harness.device import Device
 from harness.problem.case import Problem
+from harness.protocol import FOLLOWS, PROMISES, UNSUPPORTED, Backend, protocol_table, rules
 
-#: The only reasons for not running; every skip begins with one of these words.
-UNSUPPORTED = (
-    "dtype", "quant", "activation", "bias", "expert_map", "invalid_ids", "router_weight_on_input", "layout", "shape",
-    "shared_experts", "scenario", "fill", "device", "package", "memory",
-)  # fmt: skip
-
-#: What a backend may promise besides the right output.
-PROMISES = {
-    "errors": "bad arguments raise an error that names them, and nothing is written",
-    "no_extra_tensor": "router weight on input allocates nothing more than router weight on output",
-    "steady_scratch": "with a scratch object, permuting allocates nothing",
-    "best_first": "route() gives a token's experts best first, and of equal ones the smaller id",
-    "small_sigmoids": "route() computes sigmoids to float32's relative precision, however small they are",
-    "ascending": "align() keeps an expert's pairs in ascending order, and writes all of what it returns",
-    "no_wait": "a steady call reads nothing back from the device, and never waits for it",
-    "graph": "a call can be captured in a graph, and replayed after inputs and weights changed in place",
-    "one_build": "however many threads race the first call, one instance is built (call.instance.builds == 1)",
-}
+__all__ = [
+    "BUILTIN", "ENTRY_POINTS", "FOLLOWS", "PROMISES", "UNSUPPORTED", "Backend", "BackendError", "Layer", "Unsupported",
+    "as_backend", "forget", "installed", "load", "protocol_table", "select", "takes_out", "unavailable", "unsupported",
+]  # fmt: skip
 
 BUILTIN = (
     "kernels.triton.backend:TritonMoE",
@@ -92,22 +55,22 @@ BUILTIN = (
 ENTRY_POINTS = "moe_harness.backends"
 
 
-class BackendError(Exception):
-    """A backend that cannot be found, or breaks the protocol; the message says how to mend it."""
+class BackendError(UserError):
+    """A backend that cannot be found or breaks the protocol. The message says how to mend it."""
 
 
 class Unsupported(Exception):
-    """The case does not apply; the message is "<keyword>: reason" with a keyword of backend.UNSUPPORTED."""
+    """The case does not apply; the message is "<keyword>: reason" with a keyword of UNSUPPORTED."""
 
 
 @dataclass
 class Layer:
-    """What a serving engine's MoE module holds. Scenarios assign to its fields between calls.
+    """The tensors that a serving engine's MoE module holds. Scenarios assign to its fields between calls.
 
     layout "nk": w13 [E, 2I, K] (gate rows, then up rows; interleaved for swigluoai; relu2: [E, I, K]), w2 [E, K, I];
     layout "kn": w13 [E, K, 2I] and w2 [E, I, K], with block scales transposed likewise. E counts local experts.
     Scales are float32: weights [E], [E, N] or [E, ceil(N/128), ceil(K/128)]; static activation scales [1].
-    Biases [E, 2I] and [E, K] in the dtype of hidden_states. expert_map int32 [num_experts] -> local expert or -1.
+    Biases [E, 2I] and [E, K] have the dtype of hidden_states. expert_map int32 [num_experts] -> local expert or -1.
     """
 
     problem: Problem
@@ -122,11 +85,35 @@ class Layer:
     expert_map: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields that hold tensors, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
 
-def load(spec: str) -> Any:
-    """The backend that "package.module:object" names, or that is registered under a plain name."""
+def as_backend(candidate: Any, source: str = "") -> Backend:
+    """The candidate as a `Backend`; itself if it is one. BackendError, which begins with `source`, if it breaks the
+    protocol."""
+    if isinstance(candidate, Backend):
+        return candidate
+    source = source or f"backend {type(candidate).__name__}"
+    values: dict[str, Any] = {}
+    for name, rule in rules():
+        value = getattr(candidate, name, None)
+        if value is None and rule.required:
+            raise BackendError(f"{source}: it has no attribute {name!r} ({rule.valid}); see docs/your-kernel.md")
+        if value is None:
+            continue
+        if not rule.accepts(value):
+            raise BackendError(f"{source}: {name}={value!r}; valid: {rule.valid}")
+        values[name] = frozenset(value) if rule.is_set else value
+    return Backend(candidate, **values)
+
+
+# -- the registry -----------------------------------------------------------------------------------------------------
+def load(spec: str) -> Backend:
+    """The backend that "package.module:object" names, or that is registered under a plain name.
+
+    BackendError if there is none, its module cannot be imported, or the object breaks the protocol.
+    """
     if ":" not in spec:
         known = {b.name: b for b in installed()}
         if spec not in known:
@@ -136,54 +123,60 @@ def load(spec: str) -> Any:
         return known[spec]
     module, _, attribute = spec.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        loaded = getattr(importlib.import_module(module), attribute)
     except AttributeError as error:
         raise BackendError(f"--backend {spec}: module {module} has no {attribute!r}") from error
-    except Exception as error:  # whatever somebody else's module raises: it is named, and is the cause
+    except Exception as error:  # another package's module may raise anything: the message names it
         hint = "; run from where it can be imported" if getattr(error, "name", "") == module else ""
         raise BackendError(
             f"--backend {spec}: cannot import {module}: {type(error).__name__}: {error}{hint}"
         ) from error
-    backend: Any = found() if inspect.isclass(found) else found
-    for name, kind in (("name", "a string"), ("devices", "a set of device names"), ("prepare", "a method")):
-        if not hasattr(backend, name):
-            raise BackendError(f"--backend {spec}: it has no attribute {name!r} ({kind}); see docs/your-kernel.md")
-    strange = set(backend.devices) - set(devices.DEVICES)
-    if strange:
-        raise BackendError(f"--backend {spec}: devices={strange}; valid: {', '.join(devices.DEVICES)}")
-    return backend
+    return as_backend(loaded() if inspect.isclass(loaded) else loaded, f"--backend {spec}")
 
 
-_installed: list[Any] = []
+_installed: list[Backend] = []
 
 
-def installed() -> list[Any]:
-    """The built-in backends and those that installed packages declare under the entry point group."""
+def installed() -> list[Backend]:
+    """The built-in backends and those that installed packages declare under the entry point group; loaded once."""
     if not _installed:
         declared = [e.value for e in importlib.metadata.entry_points(group=ENTRY_POINTS)]
         _installed.extend(load(spec) for spec in (*BUILTIN, *declared))
     return list(_installed)
 
 
+def forget() -> None:
+    """Load the installed backends again when they are next needed: their modules have changed."""
+    _installed.clear()
+
+
+def select(specs: Iterable[str]) -> list[Backend]:
+    """The backends that --backend names, or all installed ones."""
+    wanted = list(specs)
+    return [load(spec) for spec in wanted] if wanted else installed()
+
+
+# -- what a backend declares ------------------------------------------------------------------------------------------
 def unavailable(backend: Any, device: Device) -> str | None:
     """None, or the one reason why this backend cannot run on this device here: "<keyword>: text"."""
+    backend = as_backend(backend)
     if device.name not in backend.devices:
         return f"device: {backend.name} declares {', '.join(sorted(backend.devices))}"
-    if getattr(backend, "interpreted", False):
-        if device.interprets_triton and not devices.interpreting():
+    if backend.interpreted and device.interprets_triton:
+        if not devices.interpreting():
             return "device: Triton is compiled in this process; its interpreter needs one without a GPU (-m cpu)"
-        if device.interprets_triton:
-            from harness.trace import interpreter
+        from harness.trace import interpreter  # only now: it imports ml_dtypes
 
-            if reason := interpreter.usable():
-                return f"package: {reason}"
-    reason = backend.available() if hasattr(backend, "available") else None
+        if reason := interpreter.usable():
+            return f"package: {reason}"
+    reason = backend.available() if backend.available else None
     return f"package: {reason}" if reason else None
 
 
 def unsupported(backend: Any, problem: Problem, device: Device) -> str | None:
-    """None, or the backend's declared reason, checked to begin with a keyword of UNSUPPORTED."""
-    if not hasattr(backend, "supports"):
+    """None, or the backend's declared reason. BackendError if that does not begin with a keyword of UNSUPPORTED."""
+    backend = as_backend(backend)
+    if backend.supports is None:
         return None
     takes_device = "device" in inspect.signature(backend.supports).parameters
     reason = backend.supports(problem, device=device.name) if takes_device else backend.supports(problem)
@@ -194,13 +187,7 @@ def unsupported(backend: Any, problem: Problem, device: Device) -> str | None:
     return reason
 
 
-def select(specs: Iterable[str]) -> list[Any]:
-    """The backends that --backend named, or all that are installed."""
-    wanted = list(specs)
-    return [load(spec) for spec in wanted] if wanted else installed()
-
-
 def takes_out(call: Callable[..., Any]) -> bool:
-    """Whether a prepared call can be given the memory for its output."""
+    """Whether a prepared call takes `out`, the memory for its output."""
     parameters = inspect.signature(call).parameters.values()
     return any(p.name == "out" or p.kind is p.VAR_KEYWORD for p in parameters)

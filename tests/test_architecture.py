@@ -14,8 +14,8 @@ ALLOWED = {"reference": set(), "kernels": set(), "harness": {"reference"}, "case
 
 #: The rooms of harness/ from the ground up. A module imports from its own room and from those before it in this list.
 ROOMS = (
-    "base", "problem", "trace", "results", "device", "backend", "ci", "report", "inputs", "oracle", "diagnose",
-    "session", "scenarios", "run", "perf", "mutate", "plugin", "commands", "cli", "__main__",
+    "base", "problem", "trace", "results", "device", "protocol", "backend", "ci", "report", "inputs", "oracle",
+    "diagnose", "session", "scenarios", "run", "perf", "mutate", "plugin", "commands", "cli", "__main__",
 )  # fmt: skip
 #: The rooms inside of perf/, likewise.
 PERF = ("metrics", "count", "timing", "versions", "compare", "bisect")

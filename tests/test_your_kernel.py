@@ -1,4 +1,7 @@
-"""docs/your-kernel.md, followed to the letter: its files, its commands, and what it says comes of them."""
+"""docs/your-kernel.md, followed to the letter: its files, its commands and their results, and its generated tables.
+
+`python3 -m tests.test_your_kernel` writes the tables.
+"""
 
 import os
 import re
@@ -9,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from harness.backend import protocol_table
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = (ROOT / "docs" / "your-kernel.md").read_text(encoding="utf-8")
+FILE = ROOT / "docs" / "your-kernel.md"
+PAGE = FILE.read_text(encoding="utf-8")
+TABLES = re.compile(r"(<!-- protocol: [^\n]* -->\n)(.*?)(<!-- end of protocol -->\n)", re.DOTALL)
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 COMMANDS = [line.partition("#")[0].strip() for language, text in BLOCKS if not language for line in text.splitlines()]
@@ -18,7 +25,7 @@ COMMANDS = [line.partition("#")[0].strip() for language, text in BLOCKS if not l
 
 @pytest.fixture
 def home(tmp_path):
-    """A kernel author's directory, with the files of the page."""
+    """A kernel author's directory with the files of the page."""
     for block in PYTHON:
         if named := re.match(r"# (my_package/\w+\.py)\n", block):
             path = tmp_path / named[1]
@@ -29,7 +36,7 @@ def home(tmp_path):
 
 @pytest.fixture
 def declaring(home):
-    """The same, its backend with the page's method that says what it does not do."""
+    """The same directory, where the backend also has the page's supports()."""
     (method,) = [block for block in PYTHON if block.lstrip().startswith("def supports")]
     path = home / "my_package" / "moe.py"
     path.write_text(path.read_text() + "\n" + method)
@@ -42,8 +49,14 @@ def run(home, words):
 
 
 def command(start):
-    (found,) = [c for c in COMMANDS if c.startswith(start)]
-    return [sys.executable, *shlex.split(found)[1:]]
+    """The page's one command that begins so, for this interpreter."""
+    (line,) = [c for c in COMMANDS if c.startswith(start)]
+    return [sys.executable, *shlex.split(line)[1:]]
+
+
+def test_the_tables_are_those_of_the_protocol():
+    (tables,) = [match[2] for match in TABLES.finditer(PAGE)]
+    assert tables == protocol_table(), "python3 -m tests.test_your_kernel writes them"
 
 
 def test_the_class_is_shorter_than_ten_lines():
@@ -59,16 +72,20 @@ def test_the_first_verdict_is_passed(home):
 BIAS = "python3 -m harness run t16-h256-i128-e8-k2-bf16-bias-random --backend my_package.moe:MyMoE"
 
 
-def test_what_it_does_not_do_is_red(home):
+def test_an_undeclared_gap_fails(home):
     ran = run(home, [sys.executable, *shlex.split(BIAS)[1:]])
     assert ran.returncode == 1 and "both biases missing" in ran.stdout, ran.stdout + ran.stderr
 
 
-def test_until_it_says_so(declaring):
+def test_a_declared_gap_is_unsupported(declaring):
     ran = run(declaring, [sys.executable, *shlex.split(BIAS)[1:]])
     assert ran.returncode == 0 and "unsupported, so it was not run: quant: plain layers only" in ran.stdout
 
 
-def test_with_that_all_that_it_declares_is_right(declaring):
+def test_everything_it_declares_is_right(declaring):
     ran = run(declaring, command("python3 -m harness capabilities"))
     assert ran.returncode == 0 and re.search(r"\d+ right, \d+ refused", ran.stdout), ran.stdout + ran.stderr
+
+
+if __name__ == "__main__":
+    FILE.write_text(TABLES.sub(lambda match: match[1] + protocol_table() + match[3], PAGE), encoding="utf-8")

@@ -33,7 +33,7 @@ def command(args: argparse.Namespace) -> int:
     specs = args.backend or [
         b.name
         for b in backends.installed()
-        if not backends.unavailable(b, device) and (not device.emulated or getattr(b, "xpu_contract", False))
+        if not backends.unavailable(b, device) and (not device.emulated or b.xpu_contract)
     ]
     bad = False
     for n, spec in enumerate(specs):

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--seeds {args.seeds}: 1 or more")
     device = ready(args.device)
     backend = backends.load(args.backend)
-    if device.emulated and not getattr(backend, "xpu_contract", False):
+    if device.emulated and not backend.xpu_contract:
         raise UserError(
             f"--device xpu: {devices.why_absent('xpu')}; to be emulated, {backend.name} must set xpu_contract"
         )

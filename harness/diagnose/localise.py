@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.backend import as_backend
 from harness.diagnose.patterns import runs
 from harness.inputs.draw import Inputs
 from harness.oracle.deviation import EPS_ACT
@@ -63,7 +64,8 @@ def localise(
 
     "" and "" for backends that expose no stages, and with shared experts, which are nobody's slot.
     """
-    if not hasattr(backend, "stages") or inputs.case.problem.shared_experts:
+    backend = as_backend(backend)
+    if backend.stages is None or inputs.case.problem.shared_experts:
         return "", ""
     try:
         with Tracing():  # as in the call itself, memory that nobody wrote is full of NaN

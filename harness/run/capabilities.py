@@ -101,6 +101,7 @@ def findings(
     backend: Any, device: Device, judge: Callable[[Case], Verdict], corners: Iterable[str] = CORNERS
 ) -> Iterator[Finding]:
     """What comes of every corner; `judge` runs one case. Nothing if the backend supports none of BASES."""
+    backend = backends.as_backend(backend)
     start = base(backend, device)
     if start is None:
         return
@@ -108,7 +109,7 @@ def findings(
         cases = expand(corner_of(start, corner))
         problem = cases[0].problem
         refusal = backends.unsupported(backend, problem, device)
-        declared = (backend.declares(problem) or "") if hasattr(backend, "declares") else None
+        declared = (backend.declares(problem) or "") if backend.declares else None
         if refusal:
             yield Finding(corner, str(cases[0]), "refused", refusal, declared, refusal)
             continue

@@ -1,0 +1,220 @@
+"""The protocol of a backend: every attribute, with its type, default and meaning, and the words that it may use.
+
+docs/your-kernel.md has `protocol_table`. The public names are harness/backend.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from harness import device as devices
+from harness.problem.case import Problem
+
+#: The only reasons for not running a case: every such reason begins with one of these keywords.
+UNSUPPORTED = (
+    "dtype", "quant", "activation", "bias", "expert_map", "invalid_ids", "router_weight_on_input", "layout", "shape",
+    "shared_experts", "scenario", "fill", "device", "package", "memory",
+)  # fmt: skip
+
+#: What a backend may promise besides the right output, in `promises`.
+PROMISES = {
+    "errors": "bad arguments raise an error that names them, and nothing is written",
+    "no_extra_tensor": "router weight on input allocates nothing more than router weight on output",
+    "steady_scratch": "with a scratch object, permuting allocates nothing",
+    "best_first": "route() returns a token's experts best first, and the smaller id first of equal ones",
+    "small_sigmoids": "route() computes sigmoids to float32's relative precision, however small they are",
+    "ascending": "align() keeps an expert's pairs in ascending order, and writes every element that it returns",
+    "no_wait": "a steady-state call copies nothing from the device to the host, and never waits for the device",
+    "graph": "a call can be captured in a graph, and replayed after inputs and weights changed in place",
+    "one_build": "however many threads race the first call, one instance is built (call.instance.builds == 1)",
+}
+
+#: Changes of a layer between calls that a prepared call may notice, in `follows`.
+FOLLOWS = {
+    "in_place": "new values in the same tensors",
+    "rebinding": "another tensor assigned to a field of the layer",
+    "config": "another problem assigned to the layer",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an attribute of the protocol means and may be: for `protocol_table` and for the errors of `as_backend`."""
+
+    meaning: str
+    left_out: str  #: what holds for a backend without the attribute
+    valid: str
+    accepts: Callable[[Any], bool]
+    arguments: str = ""  #: of a method: "(problem)"
+    required: bool = False
+    is_set: bool = False
+
+
+def _required(
+    valid: str, accepts: Callable[[Any], bool], meaning: str, arguments: str = "", is_set: bool = False
+) -> Any:
+    return field(metadata={"rule": Rule(meaning, "required", valid, accepts, arguments, True, is_set)})
+
+
+def _method(arguments: str, meaning: str, left_out: str) -> Any:
+    return field(default=None, metadata={"rule": Rule(meaning, left_out, "a method", callable, arguments)})
+
+
+def _choice(default: Any, values: tuple[Any, ...], meaning: str, left_out: str = "") -> Any:
+    def accepts(value: Any) -> bool:
+        return any(type(value) is type(v) and value == v for v in values)  # 1 == True
+
+    valid = ", ".join(map(repr, values))
+    return field(default=default, metadata={"rule": Rule(meaning, left_out or f"{default}", valid, accepts)})
+
+
+def _words(default: Iterable[str], words: Iterable[str], meaning: str, left_out: str) -> Any:
+    rule = Rule(meaning, left_out, f"a set of {', '.join(words)}", _is_set_of(words), is_set=True)
+    return field(default=frozenset(default), metadata={"rule": rule})
+
+
+def _is_set_of(words: Iterable[str]) -> Callable[[Any], bool]:
+    known = list(words)
+    return lambda value: (
+        isinstance(value, Collection) and not isinstance(value, str) and all(word in known for word in value)
+    )
+
+
+def _code(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+_KEYWORDS = [word for word in UNSUPPORTED if word not in ("scenario", "fill", "device", "package")]  #: of supports()
+
+
+@dataclass(eq=False)
+class Backend:
+    """A kernel author's object with every attribute of the protocol: its own, and defaults for those it leaves out.
+
+    `as_backend` makes it. The attributes are read once. An optional method that is left out is None.
+    """
+
+    object: Any  #: as its author wrote it
+
+    name: str = _required(
+        "a string that is not empty", lambda value: isinstance(value, str) and value != "",
+        "its name in options, tables and results",
+    )  # fmt: skip
+    devices: frozenset[str] = _required(
+        f"a set of {', '.join(devices.DEVICES)}", _is_set_of(devices.DEVICES),
+        f"the devices it runs on, a set of {_code(devices.DEVICES)}", is_set=True,
+    )  # fmt: skip
+    prepare: Callable[..., Callable[..., torch.Tensor]] = _required(
+        "a method", callable,
+        "returns what a serving engine keeps for a layer: `call(hidden_states, topk_weights, topk_ids, out=None)`, "
+        "which returns the output [T, K]; `out` may be left out of the signature",
+        "(problem, layer)",
+    )  # fmt: skip
+    supports: Callable[..., str | None] | None = _method(
+        "(problem)",
+        f"`None`, or a reason that begins with one of the keywords {', '.join(_KEYWORDS)} and a colon: the case then "
+        "counts as unsupported. With a parameter `device` it also gets the device's name",
+        "every case is supported",
+    )
+    declares: Callable[[Problem], str | None] | None = _method(
+        "(problem)",
+        "the adapted package's own answer to the same question: `None`, or its reason. `moe-harness capabilities` "
+        "compares the two",
+        "nothing to compare",
+    )
+    plans: Callable[[Problem], list[dict[str, Any]]] | None = _method(
+        "(problem)",
+        "the rounding plans that the kernel may follow, a list of dicts (`reference/plan.py`)",
+        "the usual plans are tried, finest first, and the one that fits is printed",
+    )
+    promises: frozenset[str] = _words(
+        (), PROMISES,
+        "guarantees besides the right output, a set of words of the table below",
+        "the scenarios that check them are unsupported",
+    )  # fmt: skip
+    follows: frozenset[str] = _words(
+        FOLLOWS, FOLLOWS,
+        "the changes of a layer that a prepared call notices, a set of "
+        + ", ".join(f"`{word}` ({meaning})" for word, meaning in FOLLOWS.items()),
+        "all of them",
+    )  # fmt: skip
+    expected_launches: Callable[[Problem], tuple[Collection[str], Collection[str]]] | None = _method(
+        "(problem)",
+        "(required, forbidden): two sets of substrings of kernel names, checked against the trace of a call",
+        "not checked",
+    )
+    configurations: Callable[[Problem], dict[str, dict[str, Any]]] | None = _method(
+        "(problem)",
+        "its tile configurations, a dict from names to keyword options of `prepare()`: all of them are checked, not "
+        "only the one it chooses",
+        "only its own choice is checked",
+    )
+    batch_invariant: bool | str = _choice(
+        False, (True, False, "configured"),
+        "True: a token's output row has the same bits in every batch; `\"configured\"`: under any one of its "
+        "configurations",
+        "not checked",
+    )  # fmt: skip
+    deterministic: bool = _choice(True, (True, False), "False: repeated calls may differ in bits")
+    nan_safe: bool = _choice(
+        True, (True, False),
+        "False: rows that no token needs are multiplied by zero, so NaN in them reaches the output. Such cases are "
+        "then unsupported",
+    )  # fmt: skip
+    stages: Callable[..., dict[str, torch.Tensor]] | None = _method(
+        "(call, hidden_states, topk_weights, topk_ids)",
+        "one call of what `prepare()` returned, as a dict of the values between its stages "
+        "(`harness/diagnose/localise.py` names them): a failure then says which stage is wrong",
+        "a failure is localised in the output alone",
+    )
+    route: Callable[..., Any] | None = _method(
+        "(logits, top_k, method, **options)",
+        "the router, which returns (topk_weights, topk_ids): checked by the family `routing`",
+        "not checked",
+    )
+    align: Callable[..., Any] | None = _method(
+        "(topk_ids, block_size, num_experts, **options)",
+        "the alignment, which sorts pairs (token, slot) by expert: checked by the family `alignment`",
+        "not checked",
+    )
+    make_scratch: Callable[..., Any] | None = _method(
+        "(problem, device, **sizes)",
+        "an object whose attributes are reusable buffers for a batch of the problem's size: `prepare(problem, layer, "
+        "scratch=)` and `permute()` take it. Checked by the scenarios `scratch.*`",
+        "those scenarios are unsupported",
+    )
+    permute: Callable[..., Any] | None = _method(
+        "(hidden_states, topk_ids, num_experts, expert_map=, scratch=)",
+        "the permutation of a backend with `make_scratch()`: an object with hidden_states [P, K] sorted by expert, "
+        "expert_first_token_offset [E + 1], permuted_idx [P], inv_permuted_idx [T, top_k] and expert_ids [P], "
+        "-1 where a row has no pair",
+        "needed with `make_scratch()`",
+    )
+    interpreted: bool = _choice(
+        False, (True, False), "True for Triton kernels: on the CPU they run in Triton's interpreter"
+    )
+    xpu_contract: bool = _choice(
+        False, (True, False),
+        "True: without an XPU, `--device xpu` emulates one, and runs the backend's XPU path on CPU tensors",
+    )  # fmt: skip
+    available: Callable[[], str | None] | None = _method(
+        "()", "`None`, or one line that says why it cannot be used here (a package is missing)", "usable"
+    )
+
+
+def rules() -> list[tuple[str, Rule]]:
+    """(attribute, its rule), in the order of the table."""
+    return [(each.name, each.metadata["rule"]) for each in fields(Backend) if each.metadata]
+
+
+def protocol_table() -> str:
+    """The tables of docs/your-kernel.md in Markdown: the attributes of a backend, and what it may promise."""
+    lines = ["| attribute | meaning | left out |", "|---|---|---|"]
+    lines += [f"| `{name}{rule.arguments}` | {rule.meaning} | {rule.left_out} |" for name, rule in rules()]
+    lines += ["", "| promise | meaning |", "|---|---|"]
+    lines += [f"| `{word}` | {meaning} |" for word, meaning in PROMISES.items()]
+    return "\n".join(lines) + "\n"
