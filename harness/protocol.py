@@ -42,7 +42,7 @@ FOLLOWS = {
 
 
 @dataclass(frozen=True)
-class Rule:
+class AttributeRule:
     """What an attribute of the protocol means and may be: for `protocol_table` and for the errors of `as_backend`."""
 
     meaning: str
@@ -57,11 +57,11 @@ class Rule:
 def _required(
     valid: str, accepts: Callable[[Any], bool], meaning: str, arguments: str = "", is_set: bool = False
 ) -> Any:
-    return field(metadata={"rule": Rule(meaning, "required", valid, accepts, arguments, True, is_set)})
+    return field(metadata={"rule": AttributeRule(meaning, "required", valid, accepts, arguments, True, is_set)})
 
 
 def _method(arguments: str, meaning: str, left_out: str) -> Any:
-    return field(default=None, metadata={"rule": Rule(meaning, left_out, "a method", callable, arguments)})
+    return field(default=None, metadata={"rule": AttributeRule(meaning, left_out, "a method", callable, arguments)})
 
 
 def _choice(default: Any, values: tuple[Any, ...], meaning: str, left_out: str = "") -> Any:
@@ -69,11 +69,11 @@ def _choice(default: Any, values: tuple[Any, ...], meaning: str, left_out: str =
         return any(type(value) is type(v) and value == v for v in values)  # 1 == True
 
     valid = ", ".join(map(repr, values))
-    return field(default=default, metadata={"rule": Rule(meaning, left_out or f"{default}", valid, accepts)})
+    return field(default=default, metadata={"rule": AttributeRule(meaning, left_out or f"{default}", valid, accepts)})
 
 
 def _words(default: Iterable[str], words: Iterable[str], meaning: str, left_out: str) -> Any:
-    rule = Rule(meaning, left_out, f"a set of {', '.join(words)}", _is_set_of(words), is_set=True)
+    rule = AttributeRule(meaning, left_out, f"a set of {', '.join(words)}", _is_set_of(words), is_set=True)
     return field(default=frozenset(default), metadata={"rule": rule})
 
 
@@ -206,7 +206,7 @@ class Backend:
     )
 
 
-def rules() -> list[tuple[str, Rule]]:
+def rules() -> list[tuple[str, AttributeRule]]:
     """(attribute, its rule), in the order of the table."""
     return [(each.name, each.metadata["rule"]) for each in fields(Backend) if each.metadata]
 
