@@ -168,7 +168,7 @@ def graph(s: Session) -> None:
     """A captured graph of the call computes with the inputs and weights of its replay, whatever ran since its
     capture."""
     require_promise(s, "graph")
-    if s.device.name != "cuda":
+    if not s.device.captures_graphs:
         raise Unsupported("scenario: only CUDA captures graphs here")
     inputs, call = start(s)
     captured = inputs.with_arguments({name: fence.keep(t) for name, t in inputs.arguments().items()})
