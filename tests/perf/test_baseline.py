@@ -58,7 +58,7 @@ def structure(file, *options):
     return cli.main(["structure", "--baseline", str(file), *options])
 
 
-def test_what_is_accepted_is_compared_and_what_changes_is_told(file, capsys):
+def test_an_accepted_case_is_compared_and_changes_are_listed(file, capsys):
     assert structure(file, "--no-compile") == 1 and "it is not in the baseline yet" in capsys.readouterr().out
     assert structure(file, "--accept") == 0 and f"accepted: {file}" in capsys.readouterr().out
     accepted = file.read_text()
@@ -74,8 +74,8 @@ def test_what_is_accepted_is_compared_and_what_changes_is_told(file, capsys):
     assert "compiled, copy_kernel BLOCK=1024" in out and "load_bytes" in out
     assert "python3 -m harness structure --accept" in out and file.read_text() == accepted
     assert structure(file, "--json", "--no-compile") == 1
-    told = json.loads(capsys.readouterr().out)
-    assert list(told["changed"]) == [KEY] and told["not_compared"] == ["compiled (--no-compile)"]
+    record = json.loads(capsys.readouterr().out)
+    assert list(record["changed"]) == [KEY] and record["not_compared"] == ["compiled (--no-compile)"]
 
     assert structure(file, "--accept") == 0 and "BLOCK 64 -> 1024" in capsys.readouterr().out
     assert structure(file, "--no-compile") == 0
@@ -103,7 +103,7 @@ def accepted(file, monkeypatch, capsys):
     [("torch", ("operators", "allocations", "copies", "waits", "functions")), ("triton", ("compiled",)),
      ("python", ("functions",))],
 )  # fmt: skip
-def test_what_rests_on_another_version_is_not_compared(accepted, capsys, package, parts):
+def test_counts_that_depend_on_another_version_are_not_compared(accepted, capsys, package, parts):
     text = accepted.read_text()
     text = re.sub(rf'{package} = "([^"]*)"', rf'{package} = "0.1"', text, count=1)
     # Were it compared, all of it would differ.
@@ -146,12 +146,12 @@ def test_a_case_that_cannot_run_here_is_not_compared_and_not_accepted(accepted, 
     assert "1 cases have no numbers here, so nothing is written" in capsys.readouterr().err
 
 
-def test_cases_that_cannot_run_here_for_one_reason_are_told_in_one_line(accepted, monkeypatch, capsys):
+def test_cases_that_cannot_run_here_for_one_reason_share_a_line(accepted, monkeypatch, capsys):
     accepted.write_text(accepted.read_text() + NEW.replace("t4-", "t5-"))
     monkeypatch.setattr(Launching, "supports", lambda self, problem: "dtype: none today", raising=False)
     assert structure(accepted) == 1
-    told = "not compared: 2 cases of tests.perf.test_baseline:Launching (dtype: none today)"
-    assert told in capsys.readouterr().out.splitlines()
+    line = "not compared: 2 cases of tests.perf.test_baseline:Launching (dtype: none today)"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_a_wrong_answer_is_a_change_and_not_accepted(accepted, capsys):
@@ -168,29 +168,29 @@ def test_machine_code_that_the_file_lacks_is_a_change(accepted, capsys):
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [(["--device", "xpu"], "--device xpu: needs a DESCRIPTOR"), (["--target", "sm_90"], "--target: needs a DESCRIPTOR"),
      (["--accept", "--no-compile"], "leave --no-compile out"), ([DESCRIPTOR], "needs --backend SPEC"),
      ([DESCRIPTOR, "--backend", "triton", "--accept"], "--accept takes no case"),
      ([DESCRIPTOR, "--backend", "triton", "--target", "h100"], "--target 'h100'; valid: sm_<number> or gfx<number>"),
      (["t4", "--backend", "triton"], "missing")],
 )  # fmt: skip
-def test_wrong_arguments(file, capsys, options, told):
-    assert structure(file, *options) == 2 and told in capsys.readouterr().err
+def test_wrong_arguments(file, capsys, options, message):
+    assert structure(file, *options) == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [("x = 1", "'x': must be a table"), ("[x]", 'must be a table, ["DESCRIPTOR @ BACKEND"]'), ("x", "Expected '='"),
      ('["a @ b"]', "must be the reason for this case"),
      ('["a @ b"]\nwhy = "w"\nnumbers = { launches = 1 }', "accept it anew"),
      ('["a @ b"]\nwhy = "w"\nnumber = 3', "number: no such key")],
 )  # fmt: skip
-def test_a_file_that_is_no_baseline(file, capsys, text, told):
+def test_a_file_that_is_no_baseline(file, capsys, text, message):
     file.write_text(text)
     assert structure(file) == 2
     error = capsys.readouterr().err
-    assert str(file) in error and told in error
+    assert str(file) in error and message in error
 
 
 def test_no_file(tmp_path, capsys):
@@ -209,9 +209,9 @@ def test_one_case_is_shown_whole(capsys):
 def test_the_command_in_a_process_of_its_own():
     """Where nothing has chosen yet whether Triton compiles or interprets."""
     command = [sys.executable, "-m", "harness", "structure", "t1-h64-i32-e8-k1-bf16-random", "--backend", "triton"]
-    told = subprocess.run([*command, "--target", "sm_90"], capture_output=True, text=True, env=environment())
-    assert told.returncode == 0, told.stderr
-    assert "_combine_kernel[1]" in told.stdout and "  sm_90    registers" in told.stdout and "gfx" not in told.stdout
+    done = subprocess.run([*command, "--target", "sm_90"], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "_combine_kernel[1]" in done.stdout and "  sm_90    registers" in done.stdout and "gfx" not in done.stdout
 
 
 def test_the_text_holds_all_that_is_compared():

@@ -35,17 +35,17 @@ def steps(count, culprit, old, new, **others):
 def ask(tmp_path, capsys):
     """ask(states, options, fake) -> (exit code, output, names, fake); states: None for the same history once more."""
 
-    def asked(states, *options, fake=None, good=0, bad=-1, merges=None, metric="launches"):
-        if not asked.names:
-            asked.names = make(asked.repository, states, merges)
-        names, fake = asked.names, fake or FakeCheckouts(asked.repository)
+    def run_bisect(states, *options, fake=None, good=0, bad=-1, merges=None, metric="launches"):
+        if not run_bisect.names:
+            run_bisect.names = make(run_bisect.repository, states, merges)
+        names, fake = run_bisect.names, fake or FakeCheckouts(run_bisect.repository)
         line = ["bisect", CASE, "--backend", "mine:Mine", "--good", names[good], "--bad", names[bad], *options]
         args = cli._parser().parse_args([*line, *(["--metric", metric] if metric else [])])
         code = bisect.search(args, WorkerPool(fake, "cpu"))
         return code, capsys.readouterr().out, names, fake
 
-    asked.repository, asked.names = tmp_path / "repository", []
-    return asked
+    run_bisect.repository, run_bisect.names = tmp_path / "repository", []
+    return run_bisect
 
 
 def state_of(repository):
@@ -64,7 +64,7 @@ OLD, NEW = {"launches": 4, "kernels": ["_gemm[8]"]}, {"launches": 7, "kernels": 
 
 
 @pytest.mark.parametrize("culprit", [1, 6, 11])
-def test_the_commit_is_found_and_told_with_what_changed_and_what_to_run(ask, culprit):
+def test_the_report_names_the_commit_its_changes_and_the_next_commands(ask, culprit):
     code, out, names, fake = ask(steps(12, culprit, OLD, NEW))
     sha, date = names[culprit][:10], "2025-06-15"
     assert code == 0
@@ -74,7 +74,7 @@ def test_the_commit_is_found_and_told_with_what_changed_and_what_to_run(ask, cul
     assert f"\ngit show {sha}\n" in answer
     assert f"\npython3 -m harness compare '{sha}~1' {sha} {CASE} --backend mine:Mine --device cpu\n" in answer
     assert f"python3 -m harness run {CASE} --backend mine:Mine --device cpu" in answer
-    assert len(fake.asked) == len({commit for commit, _ in fake.asked}) <= 2 + 5  # each commit once
+    assert len(fake.requests) == len({commit for commit, _ in fake.requests}) <= 2 + 5  # each commit once
 
 
 def test_the_users_checkout_and_a_bisection_of_theirs_stay_as_they_are(ask):
@@ -155,7 +155,7 @@ def test_a_module_that_is_imported_late_and_is_no_python_says_nothing_about_corr
 
 def test_the_budget_ends_an_exact_search(ask):
     code, out, names, fake = ask(steps(40, 11, OLD, NEW), "--budget", "4")
-    assert code == 3 and len({commit for commit, question in fake.asked}) <= 6
+    assert code == 3 and len({commit for commit, _ in fake.requests}) <= 6
     assert "not certain yet, one of:" in out and names[11][:10] in out
     assert "confidence   none" in out
     code, out, names, _ = ask(None, "--budget", "40")  # goes on
@@ -244,19 +244,19 @@ def test_a_slow_down_is_found_among_noisy_times(ask):
     assert code == 0, out
     answer = out.partition("\n\n")[2]
     assert answer.startswith(f"found: {names[17][:10]} ")
-    told = answer.splitlines()[1]
-    assert re.match(r"  device_us    (99|100).* -> 10[345].* us .*95% interval \+", told), told
+    change = answer.splitlines()[1]
+    assert re.match(r"  device_us    (99|100).* -> 10[345].* us .*95% interval \+", change), change
     assert 99 <= float(answer.splitlines()[2].split()[1].rstrip("%"))
     assert "trace        _align is launched, and was not before" in answer
-    timed = [commit for commit, question in fake.asked if question == "time"]
+    timed = [commit for commit, request in fake.requests if request == "time"]
     paired_runs = len(timed) / 2 / PAIRS
     started = sum(fake.started.count(commit) for commit in set(timed))
     assert 2 * paired_runs <= started <= 2 * paired_runs + 2  # no two paired runs share a process; two for the trace
     pairs = list(zip(timed[::2], timed[1::2]))
     assert pairs.count((names[23], names[0])) == pairs.count((names[0], names[23])) > 3  # the order alternates
     again = FakeCheckouts(fake.repo)
-    code, told_again, _, again = ask(None, metric="device_us", fake=again)
-    assert code == 0 and again.asked == [] and "of them out of the log" in told_again
+    code, out_again, _, again = ask(None, metric="device_us", fake=again)
+    assert code == 0 and again.requests == [] and "of them out of the log" in out_again
 
 
 def test_a_merge_stands_for_what_it_brought_in_where_time_is_bisected(ask):
@@ -271,7 +271,7 @@ def test_a_merge_stands_for_what_it_brought_in_where_time_is_bisected(ask):
 def test_the_budget_ends_a_timed_search_with_its_best_guess(ask):
     code, out, names, fake = ask(steps(24, 17, {"us": 100}, {"us": 110}), "--budget", "11", metric="device_us")
     assert code == 3 and "not certain yet, most likely: " in out and "95% within" in out
-    assert sum(question == "time" for _, question in fake.asked) == 11 * 2 * PAIRS
+    assert sum(request == "time" for _, request in fake.requests) == 11 * 2 * PAIRS
 
 
 def test_a_skipped_culprit_makes_the_answer_a_range_where_time_is_bisected(ask):
@@ -357,20 +357,20 @@ def test_a_search_that_was_interrupted_goes_on_where_it_was(ask, tmp_path, metri
     assert code == 0 and f"found: {names[13][:10]}" in out
     assert "going on with " in out and "(1 cut off)" in out
     if metric == "launches":
-        assert len(second.asked) + after == len(whole[3].asked)
+        assert len(second.requests) + after == len(whole[3].requests)
     else:  # the paired run that was interrupted is lost
         paired_runs = sum('"paired_run"' in line for line in log.read_text().splitlines())
         kept = after // (2 * PAIRS)
-        assert 2 * PAIRS * (paired_runs - kept) == sum(question == "time" for _, question in second.asked)
+        assert 2 * PAIRS * (paired_runs - kept) == sum(request == "time" for _, request in second.requests)
 
 
 def test_restart_measures_everything_again(ask):
     code, _, _, first = ask(steps(12, 5, OLD, NEW))
     kept = FakeCheckouts(first.repo)
-    assert ask(None, fake=kept)[0] == 0 and kept.asked == []
+    assert ask(None, fake=kept)[0] == 0 and kept.requests == []
     again = FakeCheckouts(first.repo)
     code, out, _, _ = ask(None, "--restart", fake=again)
-    assert code == 0 and again.asked == first.asked and "going on" not in out
+    assert code == 0 and again.requests == first.requests and "going on" not in out
 
 
 def test_the_log_of_another_search_is_not_continued_and_one_in_use_is_not_shared(ask, tmp_path):

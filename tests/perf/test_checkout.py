@@ -96,7 +96,7 @@ def commit(directory: Path, message: str, files: dict[str, str] | None = None) -
 
 
 def repository(directory: Path) -> Path:
-    """A repository of somebody's kernels: one commit, tagged first."""
+    """A user's repository with kernels of its own: one commit, tagged first."""
     directory.mkdir()
     git(directory, "init", "-q", "-b", "main")
     (directory / ".gitignore").write_text("ignored/\n")
@@ -218,7 +218,7 @@ def test_a_worker_answers(desk):
     assert desk("time", "Plain", metric="device_us", samples=0)["samples"] == []
 
 
-def test_what_a_kernel_prints_is_no_answer(desk):
+def test_the_output_of_a_kernel_is_no_answer(desk):
     assert desk("verdict", "Talks")["status"] == "passed"
 
 
@@ -231,9 +231,9 @@ def test_no_speed_and_no_structure_without_correctness(desk):
     assert error.kind == "crashed" and "no such kernel" in error.message
 
 
-def test_what_a_version_lacks_is_unsupported(desk):
+def test_a_backend_that_a_version_lacks_is_unsupported(desk):
     assert error_of(desk, "verdict", "Nix").kind == "unsupported"
-    assert error_of(desk, "verdict", case=CASE, backend_="x").kind == "crashed"  # a question that is not one
+    assert error_of(desk, "verdict", case=CASE, backend_="x").kind == "crashed"  # an unknown request
     error = error_of(desk, "time", "Plain", metric="host_us", samples=1)
     assert error.kind == "unsupported" and error.message.startswith("device: ")
 

@@ -1,6 +1,6 @@
-"""perf/timing/clock.py, roofline.py and benchmark.py: what is timed, what it is compared with, and what is refused.
+"""perf/timing/clock.py, roofline.py and benchmark.py: what is timed, the floor of a time, and what is refused.
 
-No test rests on how long something took.
+No test depends on a duration.
 """
 
 import json
@@ -66,7 +66,7 @@ def test_a_rotation_shifts_experts_that_are_alike_and_leaves_others():
     assert padded.hidden_states.stride() == (128, 1)
 
 
-def test_what_cannot_be_timed_says_why():
+def test_a_case_that_cannot_be_timed_gives_the_reason():
     refused = {
         "t5-h64-i64-e8-k2-bf16-exact-repeat.bits": "scenario: repeat.bits is several calls",
         "t0-h64-i64-e8-k2-bf16-exact": "shape: no tokens",
@@ -95,10 +95,10 @@ def test_on_a_gpu_a_graph_is_replayed_and_its_memory_stays_its_own():
             return lambda hidden_states, topk_weights, topk_ids: hidden_states * float(topk_weights.sum().item() > 0)
 
     gpu = Device("cuda")
-    asked = case("t5-h64-i64-e8-k2-bf16-random")
-    captured, spaced = (Stopwatch(asked, backend, gpu) for backend in (Counting(), Waits()))
+    timed = case("t5-h64-i64-e8-k2-bf16-random")
+    captured, spaced = (Stopwatch(timed, backend, gpu) for backend in (Counting(), Waits()))
     assert (captured.method, spaced.method) == ("graph", "events")
-    torch.cuda.empty_cache()  # what a graph still reads must not be handed back here, or to anybody below
+    torch.cuda.empty_cache()  # memory that a graph still reads must not be freed here, nor allocated below
     taken = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(200)]
     for metric in ("device_us", "host_us"):
         assert all(s > 0 for one in (captured, spaced) for s in one.sample(metric, 2))
@@ -146,23 +146,23 @@ def test_ceilings_are_measured():
     assert found.copy_bytes_per_s > 1e8 and found.flops_per_s["bf16"] > 1e8 and set(found.flops_per_s) == {"bf16"}
 
 
-def test_compilation_is_told_by_triton_and_found_kernels_cost_nothing():
+def test_compile_time_comes_from_triton_and_cached_kernels_add_none():
     from types import SimpleNamespace
 
     import triton
 
-    told = []
+    heard = []
     knobs = triton.knobs.compilation
     before = knobs.listener
-    knobs.listener = lambda **words: told.append(words["cache_hit"])
+    knobs.listener = lambda **words: heard.append(words["cache_hit"])
     try:
         with compiling() as compiled:
             for hit in (False, True, False):
                 triton.knobs.compilation.listener(
                     src=None, metadata={}, metadata_group={}, times=SimpleNamespace(total=250_000), cache_hit=hit
                 )
-        assert (compiled.seconds, compiled.kernels, compiled.cached) == (0.5, 2, 1) and told == [False, True, False]
-        assert knobs.listener is not None and len(told) == 3
+        assert (compiled.seconds, compiled.kernels, compiled.cached) == (0.5, 2, 1) and heard == [False, True, False]
+        assert knobs.listener is not None and len(heard) == 3
     finally:
         knobs.listener = before
 
@@ -176,7 +176,7 @@ pytest_plugins = ["harness.plugin"]
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch):
-    def run(case, backend, device, family=""):
+    def run(case, backend, device, family="", spec=""):
         return Verdict(str(case), backend.name, str(device), "failed" if case.problem.tokens == 2 else "passed", family)
     monkeypatch.setattr("harness.perf.timing.benchmark.run_case", run)
 """

@@ -106,7 +106,7 @@ def test_numbers_that_one_side_lacks():
     assert rows[2].remarks == ["crashed at HEAD: no"]
 
 
-def test_targets_are_compiled_for_only_if_asked():
+def test_kernels_are_compiled_only_for_compiled_metrics():
     seen = []
     spy = version()
     spy.answers["structure"] = lambda fields: seen.append(fields["targets"]) or {"metrics": COUNTS}
@@ -303,7 +303,7 @@ def test_a_wrong_working_tree(repo, capsys):
     assert code == 1 and "failed at HEAD: " in out and "allocations" not in out
 
 
-def test_what_cannot_be_built(repo, capsys):
+def test_a_version_that_cannot_be_built(repo, capsys):
     words = ("--repo", str(repo), "--backend", "own.moe:Plain", CASE)
     code, _, err = run(capsys, "first", "slow", *words, "--build", "exit 7")
     assert code == 2 and "BASE " in err and "ended with exit code 7" in err

@@ -87,13 +87,13 @@ def test_loads_are_as_wide_as_what_is_known_of_the_memory(compiled, target):
     assert set(loads) == {"4"} and loads["4"] > compiled(COPY, target)["loads"]["16"]
 
 
-def test_what_does_not_compile_is_a_result(compiled):
+def test_a_kernel_that_does_not_compile_is_a_result(compiled):
     assert compiled(REFUSED, "sm_90")["error"].endswith("refused on purpose")
     assert "fp8e4nv not supported" in compiled(E4M3, "sm_80")["error"]
     assert compiled(E4M3, "sm_90")["tensor_core"]["wgmma"] > 0
-    for target, room in (("sm_80", 163), ("sm_90", 227), ("gfx942", 64)):
+    for target, kib in (("sm_80", 163), ("sm_90", 227), ("gfx942", 64)):
         error = compiled(HUGE, target)["error"]
-        assert error.startswith("shared memory: ") and f"{target} has {room * 1024}" in error
+        assert error.startswith("shared memory: ") and f"{target} has {kib * 1024}" in error
     assert compiled(DEADLY, "sm_80") == {"error": "the compiler ended its process (exit code 7)"}
     assert "no.such.module" in str(compiled(ABSENT, "sm_80")) or "No module named 'no'" in str(
         compiled(ABSENT, "sm_80")

@@ -20,7 +20,7 @@ if not shutil.which("git"):
 SMALL, BATCH = "t1-h64-i64-e8-k2-bf16", "t4-h64-i64-e8-k2-bf16"
 FUSED = "kernels.demo:Fused"
 
-#: story -> (case, backend, metric, what the difference of the traces must say)
+#: story -> (case, backend, metric, text of the differences between the traces)
 STORIES = {
     "low_latency": (f"{SMALL}-exact", FUSED, "launches", "_align_count_kernel is launched, and was not before"),
     "permute": (f"{BATCH}-exact", "kernels.demo:Permuted", "allocations", "9 more tensors are allocated"),
@@ -65,17 +65,18 @@ def test_every_story_is_found_by_what_is_counted(demonstration, bench, capsys):
     # One test: pytest-xdist would spread several over processes that share no workers.
     commits, missed, skips = demonstration[1], {}, False
     for story, (case, backend, metric, says) in STORIES.items():
-        # Compiling takes longer than counting: over fewer commits, and that is all this spares.
-        bad = "on_input" if metric == "shared_bytes" else "bad"
+        # Of the 16 commits up to "instance" the one in the middle is "broken", so that every bisection starts there.
+        # Compiling takes longer than counting: "config" is searched among fewer commits.
+        bad = "on_input" if metric == "shared_bytes" else "instance"
         code = bisect.search(arguments(commits, case, backend, metric, bad), bench)
-        told = capsys.readouterr().out
+        out = capsys.readouterr().out
         culprit = commits[story.partition(" ")[0]]
-        answer = told.partition(f"\nfound: {culprit[:10]} ")[2]
+        answer = out.partition(f"\nfound: {culprit[:10]} ")[2]
         if code or says not in answer:
-            missed[story] = told
-        skips = skips or f"  {commits['broken'][:10]} skipped  " in told
-    assert missed == {}, "\n\n".join(f"{story}:\n{told}" for story, told in missed.items())
-    assert skips, "git never chose the commit that cannot be imported"
+            missed[story] = out
+        skips = skips or f"  {commits['broken'][:10]} skipped  " in out
+    assert missed == {}, "\n\n".join(f"{story}:\n{out}" for story, out in missed.items())
+    assert skips, "no bisection came to the commit that cannot be imported"
 
 
 def test_the_command_refuses_an_end_that_does_not_import_and_leaves_the_repository_as_it_was(demonstration):

@@ -1,4 +1,4 @@
-"""Differences between two structures, as sentences: nothing is left out, the most telling comes first."""
+"""Differences between two records of counts, as sentences: complete, and the most significant first."""
 
 import copy
 
@@ -39,7 +39,7 @@ def test_nothing_differs():
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, sentence",
     [
         (dict(kernels=["_align[2]", "_align[1]", "_gemm[4]", "_combine[1]"]),
          "_align is launched, and was not before (2 times)"),
@@ -58,8 +58,8 @@ def test_nothing_differs():
         (dict(metrics=OLD["metrics"] | {"programs": 3}), "program instances of all grids: 2 -> 3"),
     ],
 )  # fmt: skip
-def test_one_sentence_a_difference(changes, told):
-    assert changed(**changes) == [told]
+def test_one_sentence_a_difference(changes, sentence):
+    assert changed(**changes) == [sentence]
 
 
 def test_allocations_come_with_their_bytes():
@@ -70,8 +70,8 @@ def test_allocations_come_with_their_bytes():
 
 
 def test_many_names_are_cut():
-    (told,) = changed(operators=dict.fromkeys("abcdefgh", 1) | {"empty": 2})
-    assert told.startswith("8 more operators are dispatched: a (+1)") and told.endswith("and 2 others")
+    (sentence,) = changed(operators=dict.fromkeys("abcdefgh", 1) | {"empty": 2})
+    assert sentence.startswith("8 more operators are dispatched: a (+1)") and sentence.endswith("and 2 others")
 
 
 def compiled(**targets):
@@ -94,16 +94,16 @@ def test_a_kernel_whose_configuration_changed_is_still_compared():
     assert changed(compiled=new) == ["compiled, _gemm BLOCK_N=64: registers 64 -> 32 (sm_90)"]
 
 
-def test_what_one_of_them_lacks_is_not_compared():
+def test_a_key_that_one_record_lacks_is_not_compared():
     less = {key: OLD[key] for key in ("kernels", "metrics")}
     assert differences(less, {**OLD, "operators": {"clone": 9}}) == []
 
 
-def test_the_most_telling_comes_first():
+def test_the_most_significant_comes_first():
     worse = {**NUMBERS, "spills": 8}
-    told = changed(
+    sentences = changed(
         functions={}, operators={}, waits={"item": 1}, kernels=["_align[1]", *OLD["kernels"]],
         compiled={"_gemm BLOCK_N=128 (*bf16)": {"sm_90": worse}}, launches=[launch(BLOCK_N=64), launch("_combine")],
     )  # fmt: skip
     starts = ["_align is launched", "_gemm: BLOCK_N", "1 more wait", "2 fewer operators", "3 fewer Python", "compiled"]
-    assert [any(s.startswith(start) for start in starts[n : n + 1]) for n, s in enumerate(told)] == [True] * 6
+    assert [any(s.startswith(start) for start in starts[n : n + 1]) for n, s in enumerate(sentences)] == [True] * 6

@@ -89,7 +89,7 @@ EXTRAS = {
 
 
 @pytest.mark.parametrize("extra, adds", EXTRAS.values(), ids=EXTRAS)
-def test_what_a_call_does_besides_is_seen(extra, adds):
+def test_additional_work_of_a_call_is_counted(extra, adds):
     found = more(extra)
     if adds is None:
         assert set(found) == {"python_calls"} and found["python_calls"] > 2
@@ -133,7 +133,7 @@ def test_launches_have_a_name_and_a_grid(grid):
     assert found.launches[0]["options"] == {"num_warps": 2}
 
 
-def test_what_the_interpreter_does_is_nobodys_overhead():
+def test_the_work_of_the_interpreter_is_not_counted():
     small, large = (measure(CASE, Extra(partial(launch, grid=(n,))), CPU).metrics for n in (1, 16))
     assert {n for n in small if small[n] != large[n]} == {"programs"}
     assert small["python_calls"] < plain().metrics["python_calls"] + 5

@@ -1,6 +1,6 @@
-"""A git repository that replays how kernels lost speed: a copy of kernels/, and commits, most of them harmless.
+"""A git repository with a history of lost speed: a copy of kernels/, and commits, most of them harmless.
 
-Each story is one commit that looks like a clean-up, and after which every output is still right:
+Each story is one commit that looks like a clean-up. Every output stays right:
 
     low_latency  the path for small batches is lost in a refactoring (vLLM PR #39016 restored it)
     permute      the permutation's buffers are allocated on every call (PR #43014 kept them)
@@ -63,7 +63,7 @@ class Permuted(Fused):
 
 @dataclass(frozen=True)
 class Edit:
-    """One commit: text that occurs exactly once in a file is replaced; old "" makes a new file."""
+    """One commit. It replaces `old`, which occurs exactly once in a file, by `new`; an empty `old` creates the file."""
 
     subject: str
     path: str
@@ -113,7 +113,7 @@ HISTORY = (
 
 
 def git(repository: Path, *arguments: str) -> str:
-    """git's output, in a repository, with nobody's configuration."""
+    """The output of git in a repository, without any configuration of the user."""
     clean = {n: v for n, v in os.environ.items() if not n.startswith("GIT_")}
     names = {f"GIT_{who}_{what}": v for who in ("AUTHOR", "COMMITTER") for what, v in (("NAME", "D"), ("EMAIL", "d@d"))}
     clean |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, **names}
@@ -123,17 +123,17 @@ def git(repository: Path, *arguments: str) -> str:
 
 
 def apply(repository: Path, edit: Edit) -> None:
-    """ValueError if the text is not there exactly once: the story no longer fits the kernels."""
+    """Apply an edit. Raises ValueError if the old text does not occur exactly once: the kernels have changed."""
     file = repository / edit.path
     text = file.read_text() if file.exists() else ""
-    found = text.count(edit.old) if edit.old else int(not text)
-    if found != 1:
-        raise ValueError(f"{edit.subject!r}: {edit.old!r} occurs {found} times in {edit.path}, not once")
+    count = text.count(edit.old) if edit.old else int(not text)
+    if count != 1:
+        raise ValueError(f"{edit.subject!r}: {edit.old!r} occurs {count} times in {edit.path}, not once")
     file.write_text(text.replace(edit.old, edit.new) if edit.old else edit.new)
 
 
 def build(repository: Path) -> dict[str, str]:
-    """The whole history in a new repository: story -> commit; "good", "bad" and "broken" (no Python) are there, too."""
+    """Create the repository. Returns the commits by story, and by "good", "bad" and "broken" (not valid Python)."""
     shutil.copytree(ROOT / "kernels", repository / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     git(repository, "init", "-q", "-b", "main")
 

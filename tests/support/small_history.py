@@ -43,12 +43,12 @@ def make(repository: Path, states: list[dict], merges: dict[int, int] | None = N
 class FakeCheckouts(Checkouts):
     """Checkouts of a small history. Times have 2 % noise.
 
-    asked: all (commit, request) so far. interrupt: the number of requests after which KeyboardInterrupt is raised.
+    requests: all (commit, request) so far. interrupt: the number of requests after which KeyboardInterrupt is raised.
     """
 
     def __init__(self, repo: Path, build: str | None = None, interrupt: int | None = None, seed: int = 0) -> None:
         super().__init__(repo, build)
-        self.asked: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str]] = []
         self.started: list[str] = []
         self.interrupt = interrupt
         self.random = np.random.default_rng(seed)
@@ -74,9 +74,9 @@ class FakeWorker:
     def ask(self, request: str, **fields) -> dict:
         checkouts = self.checkouts
         assert not self.closed and fields["case"] and fields["backend"]
-        if checkouts.interrupt is not None and len(checkouts.asked) >= checkouts.interrupt:
+        if checkouts.interrupt is not None and len(checkouts.requests) >= checkouts.interrupt:
             raise KeyboardInterrupt
-        checkouts.asked.append((self.commit, request))
+        checkouts.requests.append((self.commit, request))
         if "error" in self.state:
             raise WorkerError(*self.state["error"])
         if request == "verdict":

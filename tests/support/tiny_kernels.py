@@ -1,6 +1,6 @@
 """Kernels of known behaviour, small enough to be compiled in a test.
 
-Nothing of the harness is imported here: the process that compiles imports this module.
+This module imports nothing of the harness, because the process that compiles imports this module.
 """
 
 import os
@@ -42,7 +42,7 @@ def refused_kernel(x_ptr):
 
 
 class Deadly:
-    """Stands for a kernel that takes its compiler down: found where a kernel is looked for."""
+    """A kernel that ends the process of its compiler, as soon as the compiler looks it up."""
 
     @property
     def fn(self):

@@ -173,6 +173,6 @@ def test_the_detectable_effect_is_detected():
         (lambda: search.find(3, lambda commit, k: None), "commit 0: both ends"),
     ],
 )
-def test_what_makes_no_sense_is_refused(made, message):
+def test_invalid_arguments_are_refused(made, message):
     with pytest.raises(ValueError, match=message):
         made()

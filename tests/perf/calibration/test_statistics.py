@@ -49,16 +49,16 @@ def test_a_faster_head_is_improved():
 
 def test_processes_that_differ_by_more_raise_the_floor_and_what_is_detectable():
     rng = np.random.default_rng(5)
-    told = []
+    measured = []
     for apart in (0.002, 0.02):
         levels = [statistics.levels(generation(rng, 0, 0, apart=apart)) for _ in range(12)]
         found = statistics.estimate(levels, 2)
-        told.append((found.floor, statistics.detectable(found, CASES, 2, THRESHOLD), found.high - found.low))
-    assert all(wide > 3 * narrow for narrow, wide in zip(told[0], told[1]) if narrow < 0.005)
-    assert told[1] > told[0] and told[0][1] > THRESHOLD
+        measured.append((found.floor, statistics.detectable(found, CASES, 2, THRESHOLD), found.high - found.low))
+    assert all(wide > 3 * narrow for narrow, wide in zip(measured[0], measured[1]) if narrow < 0.005)
+    assert measured[1] > measured[0] and measured[0][1] > THRESHOLD
 
 
-def test_what_is_detectable_is_what_is_detected():
+def test_a_detectable_change_is_detected():
     """At the detectable change about 80 % of comparisons of a single look regress: between 60 and 95 % of 200."""
     rng = np.random.default_rng(6)
 
