@@ -1,4 +1,4 @@
-"""moe-harness capabilities: what a backend declares against what it does, corner by corner."""
+"""`moe-harness capabilities`: what a backend declares against what it does, corner by corner."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harness.run.isolated import IsolatedRunner
 
 
 def register(add: Callable[..., Any]) -> None:
-    """Declares the command's arguments."""
+    """Declare the command's arguments."""
     sub = add(command, "capabilities", "What backends declare against what they do: right, ignored, wrong, crashed.")
     sub.add_argument("--backend", action="append", default=[], metavar="SPEC", help="only this backend (repeatable)")
     sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu)")
@@ -29,6 +29,7 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
+    """0 if every corner is right or refused, otherwise 1; UserError if a backend cannot be used here."""
     device = ready(args.device)
     specs = args.backend or [
         b.name
@@ -44,15 +45,15 @@ def command(args: argparse.Namespace) -> int:
             print(*[""] * bool(n), f"{backend.name} on {device}", sep="\n", flush=True)
         counts: Counter[str] = Counter()
         refused: dict[str, list[str]] = defaultdict(list)
-        with IsolatedRunner(spec, device) as apart:
-            for found in capabilities.findings(backend, device, apart.run, args.corner or CORNERS):
-                counts[found.word] += 1
+        with IsolatedRunner(spec, device) as runner:
+            for finding in capabilities.findings(backend, device, runner.run, args.corner or CORNERS):
+                counts[finding.word] += 1
                 if args.json:
-                    print(json.dumps({"backend": backend.name, "device": str(device), **asdict(found)}), flush=True)
-                elif found.word == "refused" and not found.disagrees:
-                    refused[found.detail].append(found.corner or "plain layer")
+                    print(json.dumps({"backend": backend.name, "device": str(device), **asdict(finding)}), flush=True)
+                elif finding.word == "refused" and not finding.disagrees:
+                    refused[finding.detail].append(finding.corner or "plain layer")
                 else:
-                    print(cut(line(found)), flush=True)
+                    print(cut(_line(finding)), flush=True)
         bad |= bool(set(counts) - {"right", "refused"})
         if not args.json:
             for reason, corners in refused.items():
@@ -64,10 +65,10 @@ def command(args: argparse.Namespace) -> int:
     return int(bad)
 
 
-def line(found: Finding) -> str:
-    """One corner for a reader; "!" where the package says otherwise."""
-    share = f"{found.budget:.2f}" if found.word == "right" else ""
+def _line(finding: Finding) -> str:
+    """One corner for a reader; "!" where the package declares otherwise."""
+    share = f"{finding.budget:.2f}" if finding.word == "right" else ""
     package = ""
-    if found.disagrees:
-        package = f"  ! the package {f'refuses it: {found.declared}' if found.declared else 'accepts it'}"
-    return f"  {found.corner or 'plain layer':24} {found.word:8} {share:5}{found.detail}{package}".rstrip()
+    if finding.disagrees:
+        package = f"  ! the package {f'refuses it: {finding.declared}' if finding.declared else 'accepts it'}"
+    return f"  {finding.corner or 'plain layer':24} {finding.word:8} {share:5}{finding.detail}{package}".rstrip()

@@ -1,4 +1,4 @@
-"""`moe-harness run`: one case on one backend, with everything there is to know about it."""
+"""`moe-harness run`: one case on one backend, in full detail."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from harness import backend as backends
 from harness import device as devices
 from harness.base.errors import UserError
+from harness.base.table import labelled
 from harness.base.text import number, share
+from harness.commands import parse_case
 from harness.device import DEVICES, DeviceLost, ready
-from harness.problem.case import Case, DescriptorError
+from harness.problem.case import Case
 from harness.problem.words import in_words
 from harness.results import known_failures
 from harness.results.verdict import GREEN, Verdict
@@ -22,6 +24,7 @@ from harness.run.case import run_case
 
 
 def register(add: Callable[..., Any]) -> None:
+    """Declare the command's arguments."""
     sub = add(run, "run", "One case on one backend, with everything there is to know about it.")
     sub.add_argument("descriptor", help="such as t16-h256-i128-e8-k2-bf16-exact")
     sub.add_argument("--backend", metavar="SPEC", required=True, help="a backend's name, or package.module:object")
@@ -31,10 +34,8 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        case = Case.parse(args.descriptor)
-    except DescriptorError as error:
-        raise UserError(f"{error}; those in use: python3 -m harness list --why") from error
+    """0 if every verdict is green, otherwise 1; UserError if the arguments cannot be used."""
+    case = parse_case(args.descriptor)
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: 1 or more")
     device = ready(args.device)
@@ -48,13 +49,12 @@ def run(args: argparse.Namespace) -> int:
     entries = known_failures.read()
     counts: Counter[str] = Counter()
     for seed in range(case.seed, case.seed + args.seeds):
-        asked = case.change(seed=seed)
+        seeded = case.change(seed=seed)
         if counts and not args.json:
             print()
         try:
-            verdict = run_case(asked, backend, device)
-            verdict.spec = args.backend
-            known = known_failures.covering(entries, asked, backend.name, str(device))
+            verdict = run_case(seeded, backend, device, spec=args.backend)
+            known = known_failures.covering(entries, seeded, backend.name, str(device))
             verdict.known = known_failures.explanation(verdict, known)
         except DeviceLost as error:
             print(f"moe-harness: the device is lost: {error}", file=sys.stderr)
@@ -62,32 +62,44 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(verdict.record() | {"environment": devices.environment(device)}, default=str), flush=True)
         else:
-            print("\n".join(_told(asked, verdict)), flush=True)
+            print("\n".join(_lines(seeded, verdict)), flush=True)
         counts[verdict.status] += 1
     if args.seeds > 1 and not args.json:
         print(f"\n{args.seeds} seeds: {', '.join(f'{n} {status}' for status, n in counts.items())}")
     return 0 if set(counts) <= set(GREEN) else 1
 
 
-def _told(case: Case, verdict: Verdict) -> list[str]:
-    lines = [f"{case} on {verdict.backend}, {verdict.device}", *in_words(case)]
+def _lines(case: Case, verdict: Verdict) -> list[str]:
+    """The verdict for a reader: the case in words, the verdict, what was measured, and the report."""
     not_run = ", so it was not run" if verdict.status == "unsupported" else ""
-    lines.append(f"{verdict.status}{not_run}{': ' + verdict.reason if verdict.reason else ''}")
-    lines += [f"  known        {verdict.known}"] if verdict.known else []
-    report = verdict.report.rstrip()
-    if verdict.calls:
-        lines.append(f"  judged       {number(verdict.calls, 'call')} in {verdict.seconds:.2f} s, oracle included")
-        each = [f"{name} {share(used)}" for name, used in verdict.budgets.items()]
-        told = f" ({', '.join(each)})" if each else ""
-        lines.append(f"  budget used  {share(verdict.budget)}{told}; above 1 fails")
-        lines += [f"  plan         {verdict.plan}"] if verdict.plan and verdict.plan not in report else []
-    if verdict.trace:
-        trace = dict(verdict.trace)
-        launches = Counter(trace.pop("launches", []))
-        named = ", ".join(name + (f" x{n}" if n > 1 else "") for name, n in launches.items())
-        lines.append(f"  launched     {named or 'no Triton kernel'}")
-        rest = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in trace.items())
-        lines.append(f"  traced       {rest}")
-    report = report.removeprefix(verdict.reason).strip("\n")  # its first line has been said
-    lines += ["", *report.splitlines()] if report else []
+    lines = [
+        f"{case} on {verdict.backend}, {verdict.device}",
+        *in_words(case),
+        f"{verdict.status}{not_run}{': ' + verdict.reason if verdict.reason else ''}",
+        *labelled([*_measured(verdict), *_traced(verdict)]),
+    ]
+    details = verdict.details.splitlines()
+    lines += ["", *details] if details else []
     return lines if verdict.green or lines[-1] == verdict.reproduce else [*lines, "", verdict.reproduce]
+
+
+def _measured(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    if verdict.known:
+        yield "known", verdict.known
+    if not verdict.calls:
+        return
+    yield "judged", f"{number(verdict.calls, 'call')} in {verdict.seconds:.2f} s, oracle included"
+    each = ", ".join(f"{name} {share(used)}" for name, used in verdict.budgets.items())
+    yield "budget used", f"{share(verdict.budget)}{f' ({each})' if each else ''}; above 1 fails"
+    if verdict.plan and verdict.plan not in verdict.report:
+        yield "plan", verdict.plan
+
+
+def _traced(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    if not verdict.trace:
+        return
+    launches = Counter(verdict.trace.get("launches", []))
+    names = ", ".join(name + (f" x{n}" if n > 1 else "") for name, n in launches.items())
+    yield "launched", names or "no Triton kernel"
+    rest = ((name, value) for name, value in verdict.trace.items() if name != "launches")
+    yield "traced", ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in rest)

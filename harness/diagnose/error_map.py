@@ -1,7 +1,7 @@
-"""A failure as a picture that fits into a record: the error by token and column, coarsely, and by expert.
+"""A coarse picture of a failure that fits into a record: the error by token and column, and by expert.
 
-Every cell is the worst element of a block of tokens and columns, as one digit: a step of a doubling scale. A wrong row,
-column or tile is seen at a glance. At most 4 KB of JSON, whatever the size of the output.
+Each cell is the worst element of a block of tokens and columns, as one digit of a doubling scale: it shows a wrong row,
+column or tile. At most 4 KB of JSON, whatever the size of the output.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from harness.oracle.judge import Judgement
 from reference.moe import local_experts
 
 ROWS, COLUMNS = 32, 64  #: of the map, at most
-EXPERTS = 48  #: that are told of, at most: the worst
+EXPERTS = 48  #: listed at most, the worst first
 #: The least error of the digits 1 to 8, in units of the map; below the first (exact fill: equal) it is 0. 9 is for NaN
 #: and infinity where the oracle has none, or the other way round.
 STEPS_SIGMA = tuple(float(2**n) for n in range(2, 10))
@@ -24,7 +24,7 @@ STEPS_EXACT = (0.0, *(float(2.0**n) for n in range(-6, 1)))
 UNITS = {"sigma": "predicted standard deviations of the element", "rms": "root mean square of the expected output"}
 
 
-def of(judgement: Judgement, inputs: Inputs) -> dict[str, Any]:
+def error_map_of(judgement: Judgement, inputs: Inputs) -> dict[str, Any]:
     """The map of one judged call; {} if the output has no element."""
     assert judgement.wrong is not None and judgement.got is not None and judgement.expected is not None
     tensors = (judgement.got, judgement.expected, judgement.wrong, judgement.sigma, inputs.layer.expert_map)
@@ -59,8 +59,9 @@ def error_map(got: Tensor, expected: Tensor, wrong: Tensor, sigma: Tensor | None
     row_step, column_step = -(-tokens // ROWS), -(-columns // COLUMNS)
     worst = _blocks(_blocks(digits, row_step).T, column_step).T
     squares, counts = (error.clamp(max=1e150) ** 2).mean(1), wrong.sum(1)
-    told = [_told(e, (experts == e).any(1), squares, counts) for e in experts[experts >= 0].unique().tolist()]
-    told.sort(key=lambda row: (-row[3], -row[4], row[0]))
+    served = experts[experts >= 0].unique().tolist()
+    by_expert = [_expert_row(e, (experts == e).any(1), squares, counts) for e in served]
+    by_expert.sort(key=lambda row: (-row[3], -row[4], row[0]))
     return {
         "tokens": tokens,
         "columns": columns,
@@ -69,8 +70,8 @@ def error_map(got: Tensor, expected: Tensor, wrong: Tensor, sigma: Tensor | None
         "unit": unit,
         "steps": list(steps),
         "map": ["".join(map(str, row)) for row in worst.tolist()],
-        "experts": told[:EXPERTS],
-        "experts_left_out": max(0, len(told) - EXPERTS),
+        "experts": by_expert[:EXPERTS],
+        "experts_left_out": max(0, len(by_expert) - EXPERTS),
     }
 
 
@@ -81,7 +82,8 @@ def _blocks(digits: Tensor, step: int) -> Tensor:
     return padded.unflatten(0, (-1, step)).amax(1)
 
 
-def _told(expert: int, mine: Tensor, squares: Tensor, wrong: Tensor) -> list[float]:
-    """Of one expert, from the mean squared error and the number of wrong outputs of every token [T]."""
+def _expert_row(expert: int, mine: Tensor, squares: Tensor, wrong: Tensor) -> list[float]:
+    """[expert, tokens, wrong tokens, wrong outputs, rms error]; mine [T] bool: its tokens; squares, wrong [T]: the mean
+    squared error and the number of wrong outputs of every token."""
     rms = float(squares[mine].mean().sqrt())
     return [expert, int(mine.sum()), int((wrong[mine] > 0).sum()), int(wrong[mine].sum()), float(f"{rms:.3g}")]

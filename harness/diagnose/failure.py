@@ -1,6 +1,6 @@
-"""What is said of a failed output besides where it is wrong: which mistake it looks like, and which stage makes it.
+"""Explains a failed output beyond its places: the fault that it resembles, and the stage that makes it.
 
-Asked only once a call has failed, and only of calls small enough; it changes no verdict.
+Runs only after a call has failed, on problems that are small enough; it changes no verdict.
 """
 
 from __future__ import annotations
@@ -12,51 +12,64 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.diagnose import error_map, explain, match
+from harness.diagnose.explain import explain
+from harness.diagnose.faults.leftovers import MOST_CALLS, Past
 from harness.diagnose.localise import localise
+from harness.diagnose.match import affordable, match
+from harness.diagnose.report import Report
 from harness.inputs.draw import Inputs
 from harness.oracle.judge import Judgement
 from reference.plan import RoundingPlan
 
-REMEMBERED = 3  #: calls of a case, whose inputs and outputs a later call may have been given by mistake
-MOST = 25  #: failures of one backend that a process diagnoses: where everything is red, the first few tell why
-_diagnosed: Counter[str] = Counter()
+
+class Failed(Exception):
+    """The case failed; carries the Report. The message is its summary."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(report.summary)
+        self.report = report
 
 
-def remember(past: match.Past, inputs: Inputs, judgement: Judgement) -> match.Past:
-    """The last calls, this one included. What the backend was handed is let go: who frees weights may look whether
-    they are gone."""
-    if judgement.got is None or not match.affordable(inputs):
+class Diagnoses:
+    """The number of failures of each backend that this process has diagnosed, and the limit of that number."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._counts: Counter[str] = Counter()
+
+    def allow(self, backend: str) -> bool:
+        """Whether one more failure of the backend is diagnosed; counts it if so."""
+        if self._counts[backend] >= self.limit:
+            return False
+        self._counts[backend] += 1
+        return True
+
+
+#: A backend that fails everywhere fails for few reasons: its first failures in a process are enough.
+DIAGNOSES = Diagnoses(limit=25)
+
+
+def remember(past: Past, inputs: Inputs, judgement: Judgement) -> Past:
+    """The last calls, this one included. Drops the backend's tensors, so that swap.dropped can see them freed."""
+    if judgement.got is None or not affordable(inputs):
         return past
-    return [*past[1 - REMEMBERED :], (replace(inputs, backend_layer=inputs.layer), judgement.got.cpu())]
+    return [*past[1 - MOST_CALLS :], (replace(inputs, backend_layer=inputs.layer), judgement.got.cpu())]
 
 
 def failure(
     backend: Any, plans: list[RoundingPlan], judgement: Judgement, inputs: Inputs, what: str = "",
-    call: Callable[..., Tensor] | None = None, past: match.Past | None = None,
+    call: Callable[..., Tensor] | None = None, past: Past | None = None,
 ) -> Failed:  # fmt: skip
-    """The failure of a judged call, explained. call: what returned the output, if it can be called again; past: calls
-    before it, the last one last."""
-    naming, stage, said = None, "", ""
-    if match.affordable(inputs) and _diagnosed[backend.name] < MOST:
-        _diagnosed[backend.name] += 1
-        # An exact fill is judged without a plan: any that the backend may follow will do.
-        fitting = [p for p in plans if str(p) == judgement.plan] or plans[:1]
-        naming = match.match(judgement, inputs, fitting, past)
-        if call is not None and judgement.got is not None:
-            coarse = next((p for p in plans if p.accumulator.bits is not None), fitting[0])
-            stage, said = localise(backend, call, inputs, coarse, judgement.got)
-    summary, report = explain.explain(judgement, inputs, what, naming, said)
-    return Failed(summary, report, error_map.of(judgement, inputs), naming.cause if naming else "", stage)
+    """The failure of a judged call, with its Report.
 
-
-class Failed(Exception):
-    """The case failed: one line, the whole report. For a judged output also where it is off (error_map.py) and, where
-    they are known, the mistake that it looks like and the stage that makes it."""
-
-    def __init__(
-        self, summary: str, report: str, error_map: dict[str, Any] | None = None, cause: str = "", stage: str = ""
-    ) -> None:
-        super().__init__(summary)
-        self.summary, self.report, self.error_map = summary, report, error_map or {}
-        self.cause, self.stage = cause, stage
+    call: the callable that returned the output, if it can be called again; past: the calls before this one.
+    """
+    if not affordable(inputs) or not DIAGNOSES.allow(backend.name):
+        return Failed(explain(judgement, inputs, what))
+    # An exact fill is judged without a plan: any plan that the backend may follow will do.
+    fitting = [p for p in plans if str(p) == judgement.plan] or plans[:1]
+    matched, stage, replay = match(judgement, inputs, fitting, past), "", ""
+    if call is not None and judgement.got is not None:
+        coarse = next((p for p in plans if p.accumulator.bits is not None), fitting[0])
+        stage, replay = localise(backend, call, inputs, coarse, judgement.got)
+    return Failed(explain(judgement, inputs, what, matched, stage, replay))

@@ -1,4 +1,4 @@
-"""What the wrong elements of an output have in common."""
+"""Common properties of the wrong elements of an output: whole tokens, tiles, tails, a factor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ EVERY_TOKEN = "every token is wrong"
 
 
 @dataclass
-class Where:
-    """The wrong elements, seen from the side of the layer."""
+class Places:
+    """The wrong elements by token, column and expert."""
 
     wrong: Tensor  #: [T, K] bool
     rows: Tensor  #: [T] bool: the token has a wrong element
@@ -25,6 +25,7 @@ class Where:
 
 
 def count(mask: Tensor) -> str:
+    """ "3 of 16 (18.8%)": the number and the share of the true elements."""
     return f"{int(mask.sum())} of {mask.numel()} ({float(mask.double().mean()):.1%})" if mask.numel() else "0 of 0"
 
 
@@ -41,11 +42,11 @@ def runs(mask: Tensor) -> str:
     return ", ".join(texts[:12]) + (f", ... ({len(runs)} runs)" if len(runs) > 12 else "")
 
 
-def patterns(judgement: Judgement, where: Where) -> Iterator[str]:
-    """What the wrong elements have in common, the most telling first."""
+def patterns(judgement: Judgement, places: Places) -> Iterator[str]:
+    """Common properties of the wrong elements, the most telling first."""
     got, expected = judgement.got, judgement.expected
     assert got is not None and expected is not None
-    got, expected, wrong = got.cpu(), expected.cpu(), where.wrong
+    got, expected, wrong = got.cpu(), expected.cpu(), places.wrong
     if not wrong.any():
         yield "no single element is off, but all together: a coherent or too frequent error (rounding, scale)"
         ratio = _factor(got, expected)
@@ -55,19 +56,19 @@ def patterns(judgement: Judgement, where: Where) -> Iterator[str]:
     unwritten = wrong & got.isnan() & ~expected.isnan()
     if unwritten.any():
         yield f"{count(unwritten)} of the outputs are NaN: never written (out was full of NaN), or NaN was read"
-    places = [*_row_patterns(where), *_column_patterns(where)]
+    positions = [*_row_patterns(places), *_column_patterns(places)]
     values = []
     if not unwritten.any() and bool((got[wrong] == 0).all()):
         values.append("every wrong output is zero")
     ratio = _factor(got[wrong], expected[wrong])
     if ratio is not None and ratio != 0:
         values.append(f"the wrong outputs are {ratio:.4g} times the expected ones")
-    # A place says more than a value, but for "every token", which says nothing yet.
-    yield from values + places if EVERY_TOKEN in places else places + values
+    # A place tells more than a value, except "every token", which tells nothing yet.
+    yield from values + positions if EVERY_TOKEN in positions else positions + values
 
 
 def _factor(got: Tensor, expected: Tensor) -> float | None:
-    """c if got = c * expected to a percent."""
+    """c if got = c * expected up to a relative error of 1 %, otherwise None."""
     finite = torch.isfinite(got) & torch.isfinite(expected)
     g, e = got[finite], expected[finite]
     power = (e**2).sum()
@@ -78,8 +79,8 @@ def _factor(got: Tensor, expected: Tensor) -> float | None:
     return c if residual < 1e-4 * max(c * c, 1e-12) else None
 
 
-def _row_patterns(where: Where) -> Iterator[str]:
-    rows, tokens = where.rows, len(where.rows)
+def _row_patterns(places: Places) -> Iterator[str]:
+    rows, tokens = places.rows, len(places.rows)
     if rows.all():
         yield EVERY_TOKEN
         return
@@ -87,7 +88,7 @@ def _row_patterns(where: Where) -> Iterator[str]:
     if rows[first:].all():
         yield f"all tokens from {first} on: a tail of the batch"
     order: dict[int, list[int]] = {}
-    for token, experts in enumerate(where.expert.tolist()):
+    for token, experts in enumerate(places.expert.tolist()):
         for e in experts:
             if e >= 0:
                 order.setdefault(e, []).append(token)
@@ -104,21 +105,21 @@ def _row_patterns(where: Where) -> Iterator[str]:
         tails = [t for mine in order.values() for t in mine[len(mine) // tile * tile :] if len(mine) > tile]
         if tails and _same(rows, tails):
             yield f"the rows behind the last full tile of {tile} of every expert: a tail of M"
-    served = [t for t, experts in enumerate(where.expert.tolist()) if any(e >= 0 for e in experts)]
+    served = [t for t, experts in enumerate(places.expert.tolist()) if any(e >= 0 for e in experts)]
     unserved = sorted(set(range(tokens)) - set(served))
     if unserved and _same(rows, unserved):
         yield "the tokens without any valid slot: their rows must be zero"
-    partly = [t for t, experts in enumerate(where.expert.tolist()) if any(e < 0 for e in experts)]
+    partly = [t for t, experts in enumerate(places.expert.tolist()) if any(e < 0 for e in experts)]
     if partly and _same(rows, partly):
         yield "the tokens with an invalid slot (id -1, or an expert of another rank)"
 
 
-def _column_patterns(where: Where) -> Iterator[str]:
-    columns = where.columns
+def _column_patterns(places: Places) -> Iterator[str]:
+    columns = places.columns
     if columns.all():
         return
-    places = torch.nonzero(columns).flatten()
-    first, last = int(places[0]), int(places[-1])
+    indices = torch.nonzero(columns).flatten()
+    first, last = int(indices[0]), int(indices[-1])
     if columns[first:].all():
         yield f"all columns from {first} on: a tail of N"
     for tile in TILES:

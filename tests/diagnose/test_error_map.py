@@ -52,7 +52,7 @@ def test_nan_where_it_belongs_is_no_error():
     assert mapped(nan, nan)["map"] == ["0"] and mapped(torch.zeros_like(nan), nan)["map"] == ["9"]
 
 
-def test_experts_are_told_the_worst_first():
+def test_experts_are_listed_the_worst_first():
     experts = torch.tensor([[0, 1], [1, -1], [2, 0]])
     expected = torch.zeros(3, 4, dtype=torch.float64)
     got = expected.clone()
@@ -85,9 +85,9 @@ def last_row_wrong(call, layer, x, w, ids, out):
 @pytest.mark.parametrize("fill, unit", [("exact", "rms"), ("random", "sigma")])
 def test_a_failed_verdict_has_its_map(fill, unit):
     found = run_case(Case.parse(str(CASE)).change(fill=fill), Wrapped(last_row_wrong), CPU).record()
-    told = json.loads(json.dumps(found))["error_map"]
-    assert found["status"] == "failed" and told["unit"] == unit
-    assert [set(row) for row in told["map"]] == [{"0"}] * 8 + [{"8"}]
+    stored = json.loads(json.dumps(found))["error_map"]
+    assert found["status"] == "failed" and stored["unit"] == unit
+    assert [set(row) for row in stored["map"]] == [{"0"}] * 8 + [{"8"}]
 
 
 @pytest.mark.parametrize("change", (lambda call, layer, x, w, ids, out: call(x, w, ids), lambda *_: 1 / 0))

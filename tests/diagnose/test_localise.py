@@ -8,7 +8,7 @@ import torch
 from harness.diagnose import failure
 from harness.run.case import run_case
 from harness.session.session import Session
-from tests import interpreted  # noqa: F401  first: it skips where nothing is interpreted
+from tests.support import interpreted  # noqa: F401  first: it skips where nothing is interpreted
 
 from harness.device import Device  # isort: skip
 from harness.diagnose.localise import first_wrong, localise  # isort: skip
@@ -22,7 +22,7 @@ PLAIN, FP8 = "t20-h128-i64-e4-k2-bf16-random", "t9-h128-i64-e4-k2-bf16-e4m3.bloc
 
 @pytest.fixture(autouse=True)
 def every_failure_is_diagnosed(monkeypatch):
-    monkeypatch.setattr(failure, "MOST", 1000)
+    monkeypatch.setattr(failure, "DIAGNOSES", failure.Diagnoses(limit=1000))
 
 
 def breaking(monkeypatch, name, spoil, at=0):
@@ -99,7 +99,7 @@ def test_the_rows_and_columns_are_told(monkeypatch):
         mine = args[3].sorted_token_ids[: int(args[3].num_tokens_post_padded)].view(-1, args[4].block_m)[0]
         args[2][mine[mine < len(args[2])].long()] *= 2
 
-    monkeypatch.setattr(failure, "MOST", 1000)
+    monkeypatch.setattr(failure, "DIAGNOSES", failure.Diagnoses(limit=1000))
     breaking(monkeypatch, "moe_gemm", one_expert, at=2)
     assert "rows of expert 0;" in run_case(Case.parse(PLAIN), TritonMoE(), CPU).report
 

@@ -1,5 +1,6 @@
-"""diagnose/match.py: every suspect is told from every other, named where a backend makes its mistake, never else."""
+"""diagnose/match.py: faults are distinguishable, and a backend's mistake is named, and nothing else."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 from harness.device import Device
 from harness.diagnose import failure
-from harness.diagnose.faults import FAULTS, fault
-from harness.diagnose.match import CLOSEST, EQUAL, WHERE_WRONG, WITHIN, affordable, match, stale
+from harness.diagnose.faults import FAULTS, Fault, fault, with_text
+from harness.diagnose.faults.leftovers import LEFTOVERS, MOST_CALLS, leftover_text, leftovers
+from harness.diagnose.match import CLOSEST, EQUAL, WHERE_WRONG, WITHIN, affordable, fault_id, match
 from harness.inputs.draw import draw
 from harness.oracle.stages import Oracle
-from harness.problem.case import Case
+from harness.problem.case import GRAMMAR, Case
 from harness.run.case import run_case
 from harness.session.session import Session
 from reference.formats import fmt
@@ -25,12 +27,12 @@ W8A16 = replace(STORES, quantizes_activations=False)
 
 @pytest.fixture(autouse=True)
 def every_failure_is_diagnosed(monkeypatch):
-    monkeypatch.setattr(failure, "MOST", 10_000)
+    monkeypatch.setattr(failure, "DIAGNOSES", failure.Diagnoses(limit=10_000))
 
 
 # -- the bank ---------------------------------------------------------------------------------------------------------
-#: Where the suspects can be seen: tails of every tile, every scheme of scales, both places of the router weight.
-APART = {
+#: Cases that show the faults: tails of every tile, every scheme of scales, both places of the router weight.
+SHOWN_BY = {
     "t33-h96-i40-e4-k2-bf16-bias-exact": "router weights, slots, biases",
     "t13-h504-i184-e2-k1-bf16-bias-exact": "tails of K and N by every tile, in both GEMMs",
     "t13-h184-i376-e2-k1-bf16-exact": "and with other ends of I",
@@ -55,10 +57,10 @@ APART = {
 
 
 def answers(text, plan):
-    """The oracle, and the output of every suspect that can be suspected here."""
+    """The oracle, and the output of every fault that is possible here."""
     case = Case.parse(text)
     o = Oracle(draw(case), None if case.fill == "exact" else plan)
-    found = {n: f(o) for n, f in FAULTS.items()}
+    found = {id_: f(o) for id_, f in FAULTS.items()}
     exact = case.fill == "exact"
     return o, {n: o.stored(a) if exact else a.stages.out for n, a in found.items() if a is not None}
 
@@ -73,30 +75,49 @@ def apart(o, outs):
     return distance > 2.0 ** -fmt(o.problem.dtype).precision / 2 * power
 
 
-def test_every_suspect_can_be_told_from_every_other():
+def test_every_fault_can_be_told_from_every_other():
     names = list(FAULTS)
     place = {n: i for i, n in enumerate(names)}
-    told = torch.zeros(len(names), len(names), dtype=torch.bool)
-    asked = [(text, STORES) for text in APART] + [("t9-h128-i64-e3-k2-bf16-e4m3.block.group-random", W8A16)]
+    told_apart = torch.zeros(len(names), len(names), dtype=torch.bool)
+    asked = [(text, STORES) for text in SHOWN_BY] + [("t9-h128-i64-e3-k2-bf16-e4m3.block.group-random", W8A16)]
     for text, plan in asked:
         o, outs = answers(text, plan)
         right = o.stored(o.right) if o.inputs.case.fill == "exact" else o.right.stages.out
         here = torch.tensor([place[n] for n in outs])
         differ = apart(o, [*outs.values(), right])
         seen = here[differ[:-1, -1]]
-        # Where one can be seen, and another cannot be suspected, the two are told apart as well.
+        # Two faults are told apart as well where one can be seen, and the other is impossible.
         others = torch.ones(len(seen), len(names), dtype=torch.bool)
         others[:, here] = differ[:-1, :-1][differ[:-1, -1]]
-        told[seen] |= others
-    never = [n for i, n in enumerate(names) if not told[i].any()]
+        told_apart[seen] |= others
+    never = [n for i, n in enumerate(names) if not told_apart[i].any()]
     assert never == []
-    told.fill_diagonal_(True)
-    assert [(names[i], names[j]) for i, j in torch.nonzero(~told).tolist()] == []
+    told_apart.fill_diagonal_(True)
+    assert [(names[i], names[j]) for i, j in torch.nonzero(~told_apart).tolist()] == []
 
 
-def test_a_name_is_given_once():
-    with pytest.raises(ValueError, match="'router weight missing': the bank has one of that name"):
-        fault("router weight missing")(lambda o: o.right)
+def test_an_id_and_a_text_are_unique():
+    with pytest.raises(ValueError, match="'router_weight.missing': the bank has one with that id"):
+        fault("router_weight.missing", "another text")(lambda o: o.right)
+    with pytest.raises(ValueError, match="the bank has one with the text 'router weight missing'"):
+        fault("router_weight.gone", "router weight missing")(lambda o: o.right)
+
+
+def test_every_id_is_of_dotted_lower_case_words_and_every_flag_a_field_of_a_descriptor():
+    assert [f.id for f in FAULTS.values() if not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)+", f.id)] == []
+    assert {f.flag for f in FAULTS.values()} <= {"", *(rule.field for rule in GRAMMAR)}
+    for wrong in ({"effect": "ignored"}, {"flag": "bias"}, {"effect": "halved", "flag": "bias"}):
+        with pytest.raises(ValueError, match="fault 'a.b': flag="):
+            Fault("a.b", "text", lambda o: None, **wrong)
+
+
+def test_a_fault_is_looked_up_by_its_text_and_leftovers_of_earlier_calls_as_well():
+    assert all(with_text(f.text) is f and fault_id(f.text) == f.id for f in FAULTS.values())
+    assert fault_id("w13 of the previous call") == "leftover.w13.1"
+    assert fault_id("all the layer's tensors of 3 calls ago") == "leftover.all_the_layers_tensors.3"
+    assert fault_id("w13 of the next call") is None and with_text("w13 of the previous call") is None
+    texts = [leftover_text(what, n) for what in LEFTOVERS for n in range(1, MOST_CALLS + 1)]
+    assert len({*map(fault_id, texts)} | set(FAULTS)) == len(texts) + len(FAULTS)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +141,7 @@ def test_no_output_is_too_wrong_to_be_asked_about(text, value):
     inputs = session.draw()
     judgement = session.judged(torch.full_like(inputs.hidden_states, value), inputs)
     found = match(judgement, inputs, [STORES], [(inputs, torch.zeros(3, case.problem.hidden_size).double())])
-    assert found is None or (found.names and str(found))
+    assert found is None or (found.faults and str(found))
 
 
 def test_layers_that_are_too_large_are_not_asked_about():
@@ -168,7 +189,7 @@ MISTAKES = {
     ),
     "w13_bias missing": lambda run, own, x, w, i: run(of(own, w13_bias=torch.zeros_like(own.w13_bias)), x, w, i),
     "w2_bias added twice": lambda run, own, x, w, i: run(of(own, w2_bias=2 * own.w2_bias), x, w, i),
-    "hidden_states of the token before": lambda run, own, x, w, i: run(own, x.roll(1, 0), w, i),
+    "hidden_states of the previous token": lambda run, own, x, w, i: run(own, x.roll(1, 0), w, i),
     "an output of zeros": lambda run, own, x, w, i: torch.zeros_like(x),
 }
 
@@ -195,7 +216,7 @@ def scaled(name, change):
         ("e4m3.block.group", "w13_scale of the next block of K", scaled("w13_scale", lambda s: s.roll(-1, 2))),
         (
             "e4m3.block.none",
-            "w2_scale one for all blocks: the first",
+            "w2_scale of the first block for all blocks",
             scaled("w2_scale", lambda s: 0 * s + s[:, :1, :1]),
         ),
         ("e4m3.channel.token", "w13_scale of expert 0 for every expert", scaled("w13_scale", lambda s: s[:1] + 0 * s)),
@@ -210,7 +231,7 @@ def test_a_wrong_scale_is_told_from_another(text, mistake, made, fill):
 
 def test_a_mistake_that_is_made_for_some_tokens_only():
     def first_five(run, own, x, w, i):
-        return torch.cat([run_case(own, x, w * w, i)[:5], run_case(own, x, w, i)[5:]])
+        return torch.cat([run(own, x, w * w, i)[:5], run(own, x, w, i)[5:]])
 
     for fill, said in (("exact", WHERE_WRONG), ("random", "within rounding, in 5 of 24 rows, of")):
         found = run_case(Case.parse(f"t24-h96-i40-e4-k3-bf16-bias-{fill}"), Mistaken(first_five), CPU)
@@ -225,7 +246,7 @@ def test_what_a_mistake_cannot_be_told_from_is_listed():
 
 def test_a_hint_is_no_name():
     def nearly(run, own, x, w, i):
-        return run_case(own, x, w * w, i) * 1.05
+        return run(own, x, w * w, i) * 1.05
 
     found = run_case(Case.parse("t24-h96-i40-e4-k3-bf16-random"), Mistaken(nearly), CPU)
     hint = f"hint          {CLOSEST}: router weight applied twice, which explains 9"
@@ -271,7 +292,7 @@ class Keeps(Emulated):
 )
 def test_what_is_left_of_the_call_before_is_recognized(scenario, keeps, cause):
     found = run_case(Case.parse(f"t24-h96-i40-e4-k2-bf16-bias-exact-{scenario}"), Keeps(keeps), CPU)
-    assert (found.status, found.cause) == ("failed", f"{cause} of the call before"), found.report
+    assert (found.status, found.cause) == ("failed", f"{cause} of the previous call"), found.report
 
 
 def test_rows_that_a_larger_batch_left_behind_are_recognized():
@@ -282,7 +303,7 @@ def test_rows_that_a_larger_batch_left_behind_are_recognized():
     got[12:] = left[12:16]
     session = Session(shorter.case, Emulated(), CPU)
     found = match(session.judged(got.float(), shorter), shorter, [STORES], [(inputs, left)])
-    assert found is not None and (found.how, found.cause) == (WHERE_WRONG, "the output of the call before")
+    assert found is not None and (found.how, found.cause) == (WHERE_WRONG, "the output of the previous call")
 
 
 def test_a_session_lets_go_of_what_it_handed_out():
@@ -292,9 +313,10 @@ def test_a_session_lets_go_of_what_it_handed_out():
     inputs = session.draw()
     for _ in range(5):
         session.check(session.prepare(case.problem, inputs.backend_layer), inputs)
-    assert len(session.past) == failure.REMEMBERED
+    assert len(session.past) == MOST_CALLS
     assert all(past.backend_layer is past.layer for past, _ in session.past)
-    assert set(stale(session.past)) >= {"w13 of the call before", "ids of 2 calls before"}
+    assert {f.text: f.calls_ago for f in leftovers(session.past).values()}["ids of 2 calls ago"] == 2
+    assert set(leftovers(session.past)) >= {"leftover.w13.1", "leftover.ids.2"}
 
 
 # -- right backends, and noise ----------------------------------------------------------------------------------------
@@ -308,7 +330,7 @@ def test_right_variants_are_given_no_cause(control):
 @pytest.mark.parametrize("text", ("t24-h96-i40-e4-k2-bf16-bias-random", "t24-h96-i40-e4-k2-bf16-bias-exact"))
 def test_noise_has_no_name(text):
     def noisy(run, own, x, w, i):
-        out, rng = run_case(own, x, w, i), torch.Generator().manual_seed(3)
+        out, rng = run(own, x, w, i), torch.Generator().manual_seed(3)
         return out + 0.3 * out.float().std() * torch.randn(out.shape, generator=rng).to(out)
 
     found = run_case(Case.parse(text), Mistaken(noisy), CPU)
@@ -316,8 +338,7 @@ def test_noise_has_no_name(text):
 
 
 def test_where_everything_is_red_the_first_few_are_diagnosed(monkeypatch):
-    monkeypatch.setattr(failure, "MOST", 1)
-    monkeypatch.setattr(failure, "_diagnosed", type(failure._diagnosed)())
+    monkeypatch.setattr(failure, "DIAGNOSES", failure.Diagnoses(limit=1))
     zeros = Mistaken(MISTAKES["an output of zeros"])
     case = Case.parse("t9-h64-i32-e4-k2-bf16-random")
     assert [run_case(case, zeros, CPU).cause for _ in range(2)] == ["an output of zeros", ""]

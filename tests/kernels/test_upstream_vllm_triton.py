@@ -73,7 +73,7 @@ def test_nothing_of_vllm_is_imported_before_it_is_used():
         ("t9-h256-i128-e8-k2-bf16-invalid-exact", None),
     ],
 )
-def test_what_the_functional_way_refuses(descriptor, keyword):
+def test_the_functional_interface_refuses(descriptor, keyword):
     for backend in (VllmTriton(), VllmTritonInterpreted()):
         reason = backend.supports(problem(descriptor))
         assert (reason and reason.partition(":")[0]) == keyword
@@ -190,7 +190,7 @@ def test_the_layer_around_the_permutation(permutation, descriptor):
     assert verdict.status in ("passed", "mistrusted"), verdict.report
 
 
-def test_a_wrong_permutation_is_found(permutation, monkeypatch):
+def test_a_wrong_permutation_fails(permutation, monkeypatch):
     def shifted(*arguments):
         rows, scale, offsets, inverse, pairs = fake_permute(*arguments)
         return rows.roll(1, 0), scale, offsets, inverse, pairs
@@ -222,14 +222,16 @@ def test_its_kernels_answer_in_the_interpreter():
     will be green, and this test red, once that is mended."""
     script = """
         import os
-        from harness import check, device, interpreter
+        from harness import device
+        from harness.trace import interpreter
         interpreter.enable()
         from harness.problem.case import Case
+        from harness.run.case import run_case
         from kernels.upstream.vllm_interpreted import VllmTritonInterpreted
         environment = dict(os.environ)
 
         def status(descriptor):
-            verdict = check.run(Case.parse(descriptor), VllmTritonInterpreted(), device.Device("cpu"))
+            verdict = run_case(Case.parse(descriptor), VllmTritonInterpreted(), device.Device("cpu"))
             assert verdict.status != "crashed", verdict.report
             return verdict.status, verdict.cause or verdict.reason
 
@@ -237,7 +239,7 @@ def test_its_kernels_answer_in_the_interpreter():
                      "t1-h64-i32-e16-k2-fp16-invalid-exact"):
             assert status(case)[0] == "passed", status(case)
         assert dict(os.environ) == environment
-        wrong = {"invalid": "slots that nobody serves added", "bias-win": "w13_bias weighted"}
+        wrong = {"invalid": "slots without a local expert added", "bias-win": "w13_bias weighted"}
         for what, cause in wrong.items():
             found, why = status(f"t9-h64-i32-e8-k{1 + (what == 'invalid')}-bf16-{what}-exact")
             assert found == "failed" and cause in why, (what, why)
@@ -248,9 +250,9 @@ def test_its_kernels_answer_in_the_interpreter():
 
 
 @installed
-def test_vllm_that_took_triton_for_absent_is_no_use():
+def test_vllm_without_triton_is_refused():
     script = """
-        from harness import interpreter
+        from harness.trace import interpreter
         interpreter.enable()
         from kernels.upstream import vllm_interpreted, vllm_python
         vllm_python.import_vllm()

@@ -1,7 +1,7 @@
-"""Deliberately broken backends: a correct one behind a fault that real kernels have had. All families must notice.
+"""Deliberately broken backends: a correct backend with a fault that real kernels have had. All families must notice.
 
-A fault spoils the layer, the call's arguments or the output of the backend that it wraps, and keeps the rest of it:
-scratch objects, promises, paths.
+A fault changes the layer, the arguments or the output of each call of the wrapped backend; scratch objects, promises
+and paths stay.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Mistakes about scales: those of fp8 weights, and those that activations are quantized with."""
+"""Faults of scales: those of fp8 weights, and those of quantized activations."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from reference.quant import BLOCK, expand_scale, quantize_activation
 SCALES = {"both weights' scales": ("w13_scale", "w2_scale"), "w13_scale": ("w13_scale",), "w2_scale": ("w2_scale",)}
 
 
-# -- of the weights ---------------------------------------------------------------------------------------------------
-def _weights(what: str, change: Callable[[Tensor], Tensor | None], only: str = "") -> None:
-    """A suspect for the scale of each weight, and of both: changed, if the granularity is `only`."""
+# -- scales of the weights --------------------------------------------------------------------------------------------
+def _weights(
+    id_: str, text: str, change: Callable[[Tensor], Tensor | None], only: str = "", flag: str = "", effect: str = ""
+) -> None:
+    """Register a fault of each weight's scale, and of both: changed, if the granularity is `only` ("": any)."""
 
-    @fault(f"{{which}} {what}", which=SCALES)
+    @fault(f"{{which}}.{id_}", f"{{which}} {text}", flag=flag, effect=effect, which=SCALES)
     def _(o, which):
         if o.layer.w13_scale is None or only not in ("", o.problem.quant.weight):
             return None
@@ -30,7 +32,7 @@ def _weights(what: str, change: Callable[[Tensor], Tensor | None], only: str = "
 
 
 def _power_of_two(scale: Tensor, up: bool) -> Tensor:
-    """Every scale rounded to a power of two, as a format of exponents alone holds it."""
+    """Every scale rounded to a power of two, as an exponent-only format (e8m0) stores it."""
     mantissa, exponent = torch.frexp(scale)
     return torch.ldexp(torch.ones_like(scale), exponent - 1 + (mantissa > 0.5) * up)
 
@@ -39,8 +41,8 @@ def _transposed(scale: Tensor) -> Tensor:
     return scale.reshape(len(scale), scale.shape[2], scale.shape[1]).transpose(1, 2)
 
 
-def _half_apart(scale: Tensor) -> Tensor | None:
-    """The scale of expert e read where e / 2 begins."""
+def _at_half_stride(scale: Tensor) -> Tensor | None:
+    """The scale of expert e read at half the stride: from the offset e * size / 2."""
     size = scale[0].numel()
     if size < 2:
         return None
@@ -48,52 +50,54 @@ def _half_apart(scale: Tensor) -> Tensor | None:
     return scale.reshape(-1)[places].reshape(scale.shape)
 
 
-_weights("missing", torch.ones_like)
-_weights("of expert 0 for every expert", lambda s: s[:1].expand_as(s))
-_weights("of the next expert", lambda s: s.roll(-1, 0))
-_weights("of the expert before", lambda s: s.roll(1, 0))
-_weights("at half of an expert's stride", _half_apart)
-_weights("applied twice", lambda s: s**2)
-_weights("inverted", lambda s: 1 / s)
-_weights("rounded up to a power of two", lambda s: _power_of_two(s, up=True))
-_weights("rounded down to a power of two", lambda s: _power_of_two(s, up=False))
-_weights("rounded to bf16", lambda s: s.bfloat16().float())
-_weights("of the first row for all rows", lambda s: s[:, :1].expand_as(s), "channel")
-_weights("of the next row", lambda s: s.roll(-1, 1), "channel")
-_weights("of the row before", lambda s: s.roll(1, 1), "channel")
-_weights("blocks read as if transposed", _transposed, "block")
-_weights("one for all blocks: the first", lambda s: s[:, :1, :1].expand_as(s), "block")
-_weights("of the first block of K for all of K", lambda s: s[:, :, :1].expand_as(s), "block")
-_weights("of the last block of K for all of K", lambda s: s[:, :, -1:].expand_as(s), "block")
-_weights("of the next block of K", lambda s: s.roll(-1, 2), "block")
-_weights("of the block of K before", lambda s: s.roll(1, 2), "block")
-_weights("of the first block of N for all of N", lambda s: s[:, :1].expand_as(s), "block")
-_weights("of every second block of K for the next as well", lambda s: _doubled(s, 2), "block")
-_weights("of the next block of N", lambda s: s.roll(-1, 1), "block")
-_weights("of the block of N before", lambda s: s.roll(1, 1), "block")
+_weights("missing", "missing", torch.ones_like, flag="quant", effect="ignored")
+_weights("first_expert", "of expert 0 for every expert", lambda s: s[:1].expand_as(s))
+_weights("next_expert", "of the next expert", lambda s: s.roll(-1, 0))
+_weights("previous_expert", "of the previous expert", lambda s: s.roll(1, 0))
+_weights("half_stride", "read at half of an expert's stride", _at_half_stride)
+_weights("twice", "applied twice", lambda s: s**2, flag="quant", effect="doubled")
+_weights("inverted", "inverted", lambda s: 1 / s)
+_weights("rounded_up", "rounded up to a power of two", lambda s: _power_of_two(s, up=True))
+_weights("rounded_down", "rounded down to a power of two", lambda s: _power_of_two(s, up=False))
+_weights("bf16", "rounded to bf16", lambda s: s.bfloat16().float())
+_weights("first_row", "of the first row for all rows", lambda s: s[:, :1].expand_as(s), "channel")
+_weights("next_row", "of the next row", lambda s: s.roll(-1, 1), "channel")
+_weights("previous_row", "of the previous row", lambda s: s.roll(1, 1), "channel")
+_weights("blocks_transposed", "read with the blocks transposed", _transposed, "block", "layout", "ignored")
+_weights("first_block", "of the first block for all blocks", lambda s: s[:, :1, :1].expand_as(s), "block")
+_weights("first_block_of_k", "of the first block of K for all of K", lambda s: s[:, :, :1].expand_as(s), "block")
+_weights("last_block_of_k", "of the last block of K for all of K", lambda s: s[:, :, -1:].expand_as(s), "block")
+_weights("next_block_of_k", "of the next block of K", lambda s: s.roll(-1, 2), "block")
+_weights("previous_block_of_k", "of the previous block of K", lambda s: s.roll(1, 2), "block")
+_weights("first_block_of_n", "of the first block of N for all of N", lambda s: s[:, :1].expand_as(s), "block")
+_weights(
+    "two_blocks_of_k_share", "of every second block of K for the next one as well", lambda s: _doubled(s, 2), "block"
+)
+_weights("next_block_of_n", "of the next block of N", lambda s: s.roll(-1, 1), "block")
+_weights("previous_block_of_n", "of the previous block of N", lambda s: s.roll(1, 1), "block")
 
 
 def _doubled(scale: Tensor, dim: int) -> Tensor:
     return scale.index_select(dim, torch.arange(scale.shape[dim]) // 2 * 2)
 
 
-@fault("w13_scale of the gate for up as well")
+@fault("w13_scale.of_gate_for_up", "w13_scale of the gate for up as well")
 def _(o):
     return _of_halves(o, lambda gate, up: (gate, gate))
 
 
-@fault("w13_scale of up for the gate as well")
+@fault("w13_scale.of_up_for_gate", "w13_scale of up for the gate as well")
 def _(o):
     return _of_halves(o, lambda gate, up: (up, up))
 
 
-@fault("w13_scale of gate and up swapped")
+@fault("w13_scale.gate_up_swapped", "w13_scale of gate and up swapped")
 def _(o):
     return _of_halves(o, lambda gate, up: (up, gate))
 
 
 def _of_halves(o: Oracle, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Answer | None:
-    """The scales of packed gate and up rows, where those are whole blocks."""
+    """w13_scale with the scales of the packed gate and up rows changed, where both halves are whole blocks."""
     scale, quant = o.layer.w13_scale, o.problem.quant
     if scale is None or quant is None or quant.weight == "tensor" or o.problem.activation in ("swigluoai", "relu2"):
         return None
@@ -102,15 +106,15 @@ def _of_halves(o: Oracle, change: Callable[[Tensor, Tensor], tuple[Tensor, Tenso
     return o(layer=replace(o.layer, w13_scale=torch.cat(change(*scale.chunk(2, 1)), 1)))
 
 
-@fault("w13_scale and w2_scale swapped")
+@fault("weight_scale.swapped", "w13_scale and w2_scale swapped")
 def _(o):
     a, b = o.layer.w13_scale, o.layer.w2_scale
     return o(layer=replace(o.layer, w13_scale=b, w2_scale=a)) if a is not None and a.shape == b.shape else None
 
 
-@fault("{which} added before the scales", which=BIASES)
+@fault("{which}.before_scales", "{which} added before the scales", which=BIASES)
 def _(o, which):
-    """Where scales wait for the whole sum: the bias is multiplied by all of them."""
+    """The bias is added to the unscaled sum, and multiplied by all scales that are applied after it."""
     if o.experts.w13_bias is None or o.layer.w13_scale is None:
         return None
     answer = o.right
@@ -125,66 +129,84 @@ def _(o, which):
 
 
 def _scaled_bias(o: Oracle, name: str, expert: Tensor, rows: Tensor | None) -> Tensor:
-    """[P, N] bias times scales, less the bias; rows [P, K]: the scale of what is multiplied."""
+    """[P, N] bias times scales, minus the bias; rows [P, K]: the scale of the operand."""
     bias, scale = getattr(o.experts, f"{name}_bias"), getattr(o.layer, f"{name}_scale")
     factor = torch.ones_like(bias)
-    if scale.dim() < 3:  # of an expert or a row: those of blocks cannot wait
+    if scale.dim() < 3:  # per expert or row: block scales are applied inside the sum
         factor = factor * scale.reshape(len(scale), -1)
     taken = rows[:, :1] if rows is not None and o.experts.activation_quant != "group" else 1.0
     return bias[expert] * (factor[expert] * taken - 1)
 
 
-# -- of the activations -----------------------------------------------------------------------------------------------
-@fault("activations not quantized")
+# -- scales of the activations ----------------------------------------------------------------------------------------
+@fault("activation_quant.missing", "activations not quantized", flag="quant", effect="ignored")
 def _(o):
     return _quantizing(o, False) if o.quantized else None
 
 
-@fault("activations quantized though they should not be")
+@fault("activation_quant.unwanted", "activations quantized although they should not be", flag="quant", effect="ignored")
 def _(o):
     if not o.experts.activation_quant or o.quantized:
         return None
     return _quantizing(o, True)
 
 
-@fault("activations not quantized in {gemm}", gemm=("GEMM 1", "GEMM 2"))
+@fault(
+    "activation_quant.missing.{gemm}",
+    "activations not quantized in {gemm}",
+    flag="quant",
+    effect="ignored",
+    gemm=("GEMM 1", "GEMM 2"),
+)
 def _(o, gemm):
     return _operand(o, gemm, lambda rows, first: rows)
 
 
-@fault("activation scale missing in {gemm}", gemm=GEMMS)
+@fault(
+    "activation_scale.missing.{gemm}", "activation scale missing in {gemm}", flag="quant", effect="ignored", gemm=GEMMS
+)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes)
 
 
-@fault("activation scale inverted in {gemm}", gemm=GEMMS)
+@fault("activation_scale.inverted.{gemm}", "activation scale inverted in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes / scale)
 
 
-@fault("activation scale applied twice in {gemm}", gemm=GEMMS)
+@fault(
+    "activation_scale.twice.{gemm}",
+    "activation scale applied twice in {gemm}",
+    flag="quant",
+    effect="doubled",
+    gemm=GEMMS,
+)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes * scale**2)
 
 
-@fault("activation scale of row 0 for every row in {gemm}", gemm=GEMMS)
+@fault("activation_scale.first_row.{gemm}", "activation scale of row 0 for every row in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes * scale[:1])
 
 
-@fault("activation scale of the next row in {gemm}", gemm=GEMMS, step=(-1,))
-@fault("activation scale of the row before in {gemm}", gemm=GEMMS, step=(1,))
+@fault("activation_scale.next_row.{gemm}", "activation scale of the next row in {gemm}", gemm=GEMMS, step=(-1,))
+@fault("activation_scale.previous_row.{gemm}", "activation scale of the previous row in {gemm}", gemm=GEMMS, step=(1,))
 def _(o, gemm, step):
     return _rescaled(o, gemm, lambda codes, scale: codes * scale.roll(step, 0))
 
 
-@fault("activation scale of the first group for all groups in {gemm}", gemm=GEMMS)
+@fault(
+    "activation_scale.first_group.{gemm}", "activation scale of the first group for all groups in {gemm}", gemm=GEMMS
+)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes * scale[:, :1])
 
 
-@fault("activation scale of the next group in {gemm}", gemm=GEMMS, step=(-1,))
-@fault("activation scale of the group before in {gemm}", gemm=GEMMS, step=(1,))
+@fault("activation_scale.next_group.{gemm}", "activation scale of the next group in {gemm}", gemm=GEMMS, step=(-1,))
+@fault(
+    "activation_scale.previous_group.{gemm}", "activation scale of the previous group in {gemm}", gemm=GEMMS, step=(1,)
+)
 def _(o, gemm, step):
     def moved(codes: Tensor, scale: Tensor) -> Tensor:
         return codes * expand_scale(scale[:, ::BLOCK].roll(step, 1), "group", codes.shape)
@@ -192,7 +214,11 @@ def _(o, gemm, step):
     return _rescaled(o, gemm, moved) if o.experts.activation_quant == "group" else None
 
 
-@fault("one scale for two groups of K, of activations and of weights, in {gemm}", gemm=GEMMS)
+@fault(
+    "scales.two_groups_share.{gemm}",
+    "one scale for two groups of K, for activations and weights, in {gemm}",
+    gemm=GEMMS,
+)
 def _(o, gemm):
     if o.experts.activation_quant != "group" or not o.quantized:
         return None
@@ -207,27 +233,31 @@ def _(o, gemm):
     return _rescaled(o.of(other), gemm, shared)
 
 
-@fault("activation scale rounded up to a power of two in {gemm}", gemm=GEMMS)
+@fault("activation_scale.rounded_up.{gemm}", "activation scale rounded up to a power of two in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _requantized(o, gemm, lambda rows, scale: _power_of_two(scale, up=True))
 
 
-@fault("activation scale rounded up to a power of two, the codes not, in {gemm}", gemm=GEMMS)
+@fault(
+    "activation_scale.rounded_up_after_quantization.{gemm}",
+    "activation scale rounded up to a power of two after quantization in {gemm}",
+    gemm=GEMMS,
+)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes * _power_of_two(scale, up=True))
 
 
-@fault("activation scale stored in bf16 in {gemm}", gemm=GEMMS)
+@fault("activation_scale.bf16.{gemm}", "activation scale stored in bf16 in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes * round_to(scale, "bf16"))
 
 
-@fault("activation codes cut off at 240 in {gemm}", gemm=GEMMS)
+@fault("activation_codes.clamped_at_240.{gemm}", "activation codes clamped at 240 in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _rescaled(o, gemm, lambda codes, scale: codes.clamp(-240, 240) * scale)
 
 
-@fault("the batch's activation scale from the rows that are served here only")
+@fault("activation_scale.local_rows_only", "the batch's activation scale from the rows with a local expert only")
 def _(o):
     if o.experts.activation_quant != "tensor" or o.experts.a13_scale is not None or not len(o.s.row):
         return None
@@ -238,17 +268,24 @@ def _(o):
     return _requantized(o, "GEMM 1", of_these)
 
 
-@fault("activation scale made for a largest code of 240 in {gemm}", gemm=GEMMS)
+@fault("activation_scale.for_240.{gemm}", "activation scale for a largest code of 240 in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     return _requantized(o, gemm, lambda rows, scale: scale * 448 / 240)
 
 
-@fault("activations quantized per {other} in {gemm}", other=("tensor", "token", "group"), gemm=GEMMS)
+@fault(
+    "activation_quant.per_{other}.{gemm}",
+    "activations quantized per {other} in {gemm}",
+    flag="quant",
+    effect="ignored",
+    other=("tensor", "token", "group"),
+    gemm=GEMMS,
+)
 def _(o, other, gemm):
     return _requantized(o, gemm, lambda rows, scale: quantize_activation(rows, other)[1])
 
 
-@fault("static activation scale of the other GEMM in {gemm}", gemm=GEMMS)
+@fault("activation_scale.of_other_gemm.{gemm}", "static activation scale of the other GEMM in {gemm}", gemm=GEMMS)
 def _(o, gemm):
     pair = (o.experts.a2_scale, o.experts.a13_scale)
     if None in pair:
@@ -261,7 +298,7 @@ def _quantizing(o: Oracle, whether: bool) -> Answer:
 
 
 def _operand(o: Oracle, gemm: str, change: Callable[[Tensor, bool], Tensor]) -> Answer | None:
-    """A GEMM gets change(the rows before they were quantized, whether they are GEMM 1's)."""
+    """Replace the operand of a GEMM by change(unquantized rows, whether the GEMM is GEMM 1)."""
     if not o.quantized:
         return None
     answer = o.resume(x=change(o.rows(), True)) if "w13" in GEMMS[gemm] else o.right
@@ -272,7 +309,7 @@ def _operand(o: Oracle, gemm: str, change: Callable[[Tensor, bool], Tensor]) -> 
 
 
 def _rescaled(o: Oracle, gemm: str, change: Callable[[Tensor, Tensor], Tensor]) -> Answer | None:
-    """The right codes, as change(codes, scale), both [rows, columns], dequantizes them."""
+    """Dequantize the right codes by change(codes, scale), both [rows, columns]."""
 
     def again(rows: Tensor, first: bool) -> Tensor:
         static = o.experts.a13_scale if first else o.experts.a2_scale
@@ -282,7 +319,7 @@ def _rescaled(o: Oracle, gemm: str, change: Callable[[Tensor, Tensor], Tensor]) 
 
 
 def _requantized(o: Oracle, gemm: str, scale: Callable[[Tensor, Tensor], Tensor]) -> Answer | None:
-    """Quantized and dequantized with another scale: scale(rows, right scale), both [rows, columns]."""
+    """Quantize and dequantize with another scale: scale(rows, right scale), both [rows, columns]."""
 
     def again(rows: Tensor, first: bool) -> Tensor:
         static = o.experts.a13_scale if first else o.experts.a2_scale
