@@ -1,21 +1,21 @@
-"""The cached instance that a serving engine keeps per layer, and what it owes to weights that change under it.
+"""The cached instance that a serving engine keeps per layer, and how it stays right when the weights change.
 
-Engines cut host overhead by building the kernel's arguments once and calling `apply` ever after (vLLM's XpuFusedMoe).
-The instance then outlives the weights it was built for: they are reloaded, swapped, offloaded, resized. Three rules
-make that safe here:
+Engines cut host overhead by building the kernel's arguments once and calling `apply` from then on (vLLM's XpuFusedMoe).
+The instance then outlives the weights that it was built for: they are reloaded, swapped, offloaded, resized. Three
+rules make that safe here:
 
-1.  Nothing derived from a tensor is kept, and no tensor either: built are the checks and the arguments that follow
-    from the configuration. Weights are read from the layer at every call, so writes in place (`copy_`, `.data.copy_`,
-    under inference mode, at an unchanged address) are seen by construction, and replaced weights are freed at once.
+1.  The instance keeps no tensor and nothing derived from one. It builds the checks and the arguments that follow from
+    the configuration. Each call reads the weights from the layer, so it sees writes in place (`copy_`, `.data.copy_`,
+    under inference mode, at an unchanged address), and replaced weights are freed at once.
 2.  Every call compares the layer's tensors and configuration with those the arguments were built for (object, address,
     shape, stride, dtype, device) and builds again if one differs.
-3.  Every call works on a snapshot: aliases that keep old storage alive until the kernel was launched, however the
+3.  Every call works on a snapshot: aliases that keep the old storage alive until the kernel is launched, even if the
     layer's attributes or their `.data` are rebound meanwhile. See `swap` for writers in other threads.
 
-Price, measured on a shared EPYC core with the launch replaced by nothing (tests/kernels/test_cached.py prints it): the check
-and the snapshot take 6 us a call for bf16 (2 tensors) and 12 us for fp8 with biases and expert_map (7 tensors); with
-the checks of the call's own arguments 16 and 20 us.
-A captured graph replays without coming here: after a swap it has to be captured anew.
+Cost, measured on a shared EPYC core without the launch (tests/kernels/test_cached.py prints it): the check and the
+snapshot take 6 us a call for bf16 (2 tensors) and 12 us for fp8 with biases and expert_map (7 tensors); with the checks
+of the call's own arguments 16 and 20 us.
+A captured graph replays without this check: capture it again after a swap.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONFIGURATION = (
 
 @dataclass(frozen=True)
 class _Built:
-    """Launch arguments without tensors, and the marks of what they were built for."""
+    """Launch arguments without tensors, and the marks of the layer that they were built for."""
 
     configuration: tuple
     marks: tuple
@@ -56,12 +56,12 @@ class _Built:
 
 
 class CachedFusedMoE:
-    """A fused MoE layer in the shape of XpuFusedMoe: constructed once, then `apply(output, ...)` forever.
+    """A fused MoE layer with the interface of XpuFusedMoe: construct it once, then call `apply(output, ...)`.
 
     layer: an object with `problem` and the tensors of TENSORS (None where absent); it is kept, its tensors are not.
     Layouts "kn" (w13 [E, K, 2I], w2 [E, I, K]) and "nk"; bf16, fp16, fp32 weights or fp8 ones with scales. Always
     W8A16: activations are never quantized, whatever problem.quant.activation says; a13_scale and a2_scale are not read.
-    launch: what computes, with the signature of kernels.triton.fused_moe.fused_moe, which is the default.
+    launch: the function that computes; kernels.triton.fused_moe.fused_moe is the default, and has its signature.
     `builds` counts how often arguments were built.
     """
 
@@ -73,7 +73,7 @@ class CachedFusedMoE:
         self._lock = threading.RLock()
 
     def apply(self, output: Tensor, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
-        """Writes the layer's result for hidden_states [T, K] io into output [T, K] io.
+        """Write the layer's result for hidden_states [T, K] io into output [T, K] io.
 
         topk_weights [T, k] float32 and topk_ids [T, k] int32 or int64 hold the router's choice of global experts.
         TypeError or ValueError, before output is written, if the layer's tensors do not fit its problem, or the
@@ -94,9 +94,9 @@ class CachedFusedMoE:
     def swap(self) -> Iterator[None]:
         """`with instance.swap(): layer.w13 = ...; layer.w2 = ...`: other threads' calls see all of it or nothing.
 
-        Without it a call can only notice a layer that changed while it was read. That a writer was stopped between
-        two of its assignments shows nowhere, so writers in other threads must use it. Writes in place into tensors
-        that a running kernel reads are the writer's to order, as on any device stream.
+        Without it a call notices only a layer that changes while the call reads it. A half-finished write by another
+        thread cannot be detected, so writers in other threads must use it. The writer orders writes in place into
+        tensors that a running kernel reads, as on any device stream.
         """
         with self._lock:
             yield
@@ -135,7 +135,7 @@ class CachedFusedMoE:
 
 
 def _read(layer: Any) -> tuple[Any, list, list]:
-    """(problem, tensors, aliases of them): read again if the layer changed while it was read."""
+    """(problem, tensors, aliases of them). Reads again if the layer changed during the read."""
     while True:
         problem = layer.problem
         held = [getattr(layer, name) for name in TENSORS]
@@ -226,7 +226,7 @@ class TritonCachedMoE:
         return None
 
     def plans(self, problem: Any) -> list[dict]:
-        """Those of the uncached layer, W8A16."""
+        """The plans of the uncached layer, W8A16."""
         from kernels.triton.backend import TritonMoE
 
         return [{**plan, "quantizes_activations": False} for plan in TritonMoE().plans(problem)]

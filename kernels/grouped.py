@@ -25,8 +25,8 @@ def grouped_mm_function() -> Callable[..., Tensor] | None:
 
 @cache
 def grouped_mm_refusal(device: str, dtype: torch.dtype) -> str | None:
-    """Why torch's grouped_mm does not take this dtype on this device type, or None. Found by trying: which dtypes run
-    differs by device and torch version (CPU all three; CUDA of torch 2.11 bfloat16 only), and no query says so."""
+    """Why torch's grouped_mm does not take this dtype on this device type, or None. Tries it: the dtypes differ by
+    device and torch version (CPU all three; CUDA of torch 2.11 bfloat16 only), and torch has no query for them."""
     product = grouped_mm_function()
     if product is None:
         return f"torch {torch.__version__} has no grouped_mm"
@@ -92,7 +92,7 @@ class GroupedMM:
     def prepare(self, problem: Any, layer: Any) -> Callable[..., Tensor]:
         """call(hidden_states [T, K] io, topk_weights [T, k], topk_ids [T, k], out=None) -> [T, K] io.
 
-        Nothing is kept: every call reads the layer anew. TypeError or ValueError, before out is written, if an argument
+        Every call reads the layer anew; nothing is kept. TypeError or ValueError, before out is written, if an argument
         or the layer does not fit."""
 
         def call(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None) -> Tensor:

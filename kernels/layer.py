@@ -1,6 +1,6 @@
-"""The arguments of a layer, checked once and brought into one form: layout "nk", whatever the caller's layout.
+"""The arguments of a layer, checked once and converted to one form: layout "nk", whatever the caller's layout.
 
-What every kernel here is called with, and the only place where it is checked. Needs torch alone.
+Every kernel here takes these arguments, and they are checked nowhere else. Imports torch alone.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Fp8Scheme:
     """How fp8 weights and activations are scaled.
 
     weight: "tensor" (scale [E]), "channel" ([E, N]) or "block" ([E, ceil(N/128), ceil(K/128)]).
-    activation: None (activations stay as they are), "tensor" (static scale if given), "token" or "group" (1x128).
+    activation: None (activations stay as they are), "tensor" (static scale, if any), "token" or "group" (1x128).
     """
 
     weight: str
@@ -45,7 +45,7 @@ class Fp8Scheme:
 
 @dataclasses.dataclass(frozen=True)
 class Expert:
-    """One of the two linear maps: w [E, N, K] by strides, its scales as if it lay so in memory, and its bias [E, N].
+    """One of the two linear maps: w [E, N, K] by strides, its scales in the same order, and its bias [E, N].
 
     activation_scale is the static scale of the rows it multiplies, float32 [1].
     """
@@ -90,7 +90,7 @@ def require_limit(activation: str, limit: float | None) -> None:
 
 
 def effective_limit(activation: str, limit: float | None) -> float | None:
-    """The limit that is applied: the given one, or 7 for swigluoai; None clamps nothing."""
+    """The limit to apply: the caller's, or 7 for swigluoai; None clamps nothing."""
     return SWIGLUOAI_LIMIT if limit is None and activation == "swigluoai" else limit
 
 
@@ -101,7 +101,7 @@ def make_layer(
 ) -> Layer:  # fmt: skip
     """Check the layer's arguments against hidden_states [T, K] (see `fused_moe`); TypeError or ValueError.
 
-    shared_experts: how many experts at the end of w13 and w2 are nobody's id: every token goes to them.
+    shared_experts: the number of experts at the end of w13 and w2 without an id: every token goes to them.
     """
     require_one_of("layout", layout, LAYOUTS)
     halves = 2 if is_gated(activation) else 1

@@ -5,9 +5,9 @@
     w2        [E, K, I]      [E, I, K]
 
 One entry point per target: `to_kn` and `to_nk`. The layout is a tag that travels with the weights and is never guessed
-from shapes: with K == 2I or K == I both layouts have the same shapes, a kernel given the wrong one computes silently
-with transposed matrices, and converting twice gives back the original. So a conversion into the layout that the weights
-are already in is refused, and so are shapes that the tag does not explain.
+from shapes: with K == 2I or K == I both layouts have the same shapes, a kernel that gets the wrong one silently
+computes with transposed matrices, and two conversions give back the original. So a conversion to the layout that the
+weights already have is refused, and so are shapes that do not fit the tag.
 """
 
 from __future__ import annotations

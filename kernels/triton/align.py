@@ -130,7 +130,7 @@ def align_into(
     topk_ids, block_size, num_experts, num_local_experts, expert_map, keep_invalid,
     counts, sorted_token_ids, expert_ids, num_tokens_post_padded, first_place=None,
 ):  # fmt: skip
-    """`moe_align_block_size` into given contiguous int32 buffers; allocates nothing.
+    """`moe_align_block_size` into the caller's contiguous int32 buffers; allocates nothing.
 
     counts: counts_shape(bins), bins = num_local_experts + keep_invalid. sorted_token_ids: aligned_length(P, ...).
     expert_ids: that / block_size. num_tokens_post_padded [1]. first_place: None or int64 [bins + 1], gets the place
@@ -168,7 +168,7 @@ def moe_align_block_size(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sort pairs by local expert and pad each expert's pairs to a multiple of block_size.
 
-    topk_ids int32 or int64 [T, k]; num_experts counts the ids that may occur (the length of expert_map, if given);
+    topk_ids int32 or int64 [T, k]; num_experts counts the ids that may occur (the length of expert_map, if any);
     num_local_experts, num_experts by default, bounds the entries of expert_map and only saves memory.
     Returns (sorted_token_ids, expert_ids, num_tokens_post_padded), all int32:
 

@@ -18,7 +18,7 @@ _STORES_IO = dict(
 
 
 def scheme(problem) -> Fp8Scheme | None:
-    """The Fp8Scheme of a problem: a static per-tensor scale is "tensor" with scales given."""
+    """The Fp8Scheme of a problem: a static per-tensor scale is "tensor" with scales."""
     if problem.quant is None:
         return None
     activation = problem.quant.activation

@@ -57,7 +57,7 @@ def moe_combine(
     """out [T, K] = sum over valid slots j, ascending, of (topk_weights[t, j] *) slots[row of (t, j)], in float32.
 
     slots [rows, K] with dense rows. The row of pair t * k + j is the pair itself, valid as topk_ids [T, k], num_experts
-    and expert_map say; or, if row_of int32 [T, k] is given, row_of[t, j], valid if slots has it. Invalid rows are not
+    and expert_map say; or, with row_of int32 [T, k], row_of[t, j], valid if slots has it. Invalid rows are not
     read; a token without a valid slot gets zeros. The tables must be contiguous. The caller has validated.
     """
     gather = row_of is not None

@@ -80,8 +80,8 @@ def _moe_gemm_kernel(
 
     expert = tl.load(expert_ids_ptr + pid_m).to(tl.int64)
     if (expert < 0) | (expert >= num_experts):
-        # Blocks of invalid pairs exist only where the caller asked for their rows to be defined: as zeros. In the low
-        # latency path nobody reads the row of an invalid pair.
+        # Blocks of invalid pairs exist only if the caller wants their rows defined: as zeros. In the low
+        # latency path no kernel reads the row of an invalid pair.
         if ALIGNED:
             tl.store(c_ptrs, tl.zeros([BLOCK_M, BLOCK_N], c_ptr.dtype.element_ty), mask=out_mask)
         return

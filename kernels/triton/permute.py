@@ -216,7 +216,7 @@ def moe_unpermute(
     """out [T, K] = sum over slots j of topk_weights[t, j] * permuted_out[inv_permuted_idx[t, j]], in float32.
 
     permuted_out [P, K] with dense rows; topk_weights float32 [T, k], or None for ones; inv_permuted_idx int32 [T, k],
-    -1 for no row. out, if given, has permuted_out's dtype and dense rows, and is returned.
+    -1 for no row. out, if not None, has permuted_out's dtype and dense rows, and is returned.
     """
     require_dtype("permuted_out", permuted_out, *HIDDEN_DTYPES)
     require_dense_rows("permuted_out", permuted_out)

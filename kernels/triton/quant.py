@@ -100,7 +100,7 @@ def _quantize_tensor_kernel(
     HAS_WEIGHT: tl.constexpr, STATIC: tl.constexpr, PARTIALS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """One scale for all: given (STATIC), or computed by every program from the partial maxima, stored by the first."""
+    """One scale for all: static (STATIC), or computed by every program from the partial maxima, stored by the first."""
     pid = tl.program_id(0)
     if STATIC:
         scale = tl.load(scale_ptr)
@@ -144,7 +144,7 @@ def quantize_fp8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize x [M, K], bf16, fp16 or fp32 with dense rows -> (codes float8_e4m3fn [M, K], scale float32).
 
-    granularity "tensor": scale [1], static_scale if given; "token": [M]; "group": [M, ceil(K/128)].
+    granularity "tensor": scale [1], static_scale if there is one; "token": [M]; "group": [M, ceil(K/128)].
     A dynamic scale is max(amax, AMAX_FLOOR) / 448, amax being the largest magnitude with NaN ignored: a NaN becomes a
     NaN code and changes nothing else. Codes are x / scale, rounded to nearest even, saturated at +-448.
     With router_weight (fp32, one per row; top_k must be 1) x * router_weight is what is quantized.

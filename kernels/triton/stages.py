@@ -1,4 +1,4 @@
-"""One call with every value between its stages written down, for whoever asks which stage is wrong.
+"""One call that records every value between its stages, to localise the stage that is wrong.
 
 The functions that kernels.triton.fused_moe calls are wrapped for the duration of the call; the call itself is the same.
 """
@@ -100,7 +100,7 @@ def _moe_unpermute(parts: list[dict], given: dict[str, Any], result: Any) -> Non
 
 
 def _served(assignment: Assignment, block_m: int, num_experts: int) -> torch.Tensor:
-    """[P] int64: the expert in whose block a pair stands, -1 for a pair that stands in none."""
+    """[P] int64: the expert of the block that holds a pair, -1 for a pair in no block."""
     expert = assignment.expert_ids.long()
     if assignment.sorted_token_ids is not None and assignment.num_tokens_post_padded is not None:
         pairs = assignment.sorted_token_ids[: int(assignment.num_tokens_post_padded)].long()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Why cases with ids past the last expert are not asked of a package.
+#: Why a package does not run cases with ids past the last expert.
 BEYOND = "invalid_ids: -1 stands for no expert; an id beyond the experts has no meaning there, and may index memory"
 
 

@@ -1,4 +1,4 @@
-"""Which version of somebody else's package is installed, asked without importing it."""
+"""The installed version of another package, without importing it."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def import_sglang() -> SimpleNamespace:
             context.get_context().override_server_args().install()
         try:
             _ = context.get_parallel().tp_group
-        except RuntimeError:  # what it raises for what nobody has stated
+        except RuntimeError:  # its error for an argument that was never set
             context.get_parallel().override_permanently(tp_group=SimpleNamespace(world_size=1))
         if not hasattr(modules.align, "sgl_moe_align_block_size"):
             modules.align.sgl_moe_align_block_size = _align

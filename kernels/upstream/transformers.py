@@ -83,7 +83,7 @@ def import_transformers(module: str) -> Any:
         mine = sys.modules.get("kernels")
         sys.modules["kernels"] = None  # type: ignore[assignment]  # the import system's own sign for "not importable"
         try:
-            probe.cache_clear()  # somebody may have asked before
+            probe.cache_clear()  # an earlier call may have filled the cache
             probe()
         finally:
             if mine is None:

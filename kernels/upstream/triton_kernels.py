@@ -13,7 +13,7 @@ Triton's sources, and vLLM ships a copy, which is found and imported here withou
 w [E, K, N] by its strides, so both layouts go in as views. -1 among the ids is a slot without expert, as it is where
 vLLM calls these kernels. Nothing is kept between calls.
 
-Not to be interpreted on the CPU: `specialize` demands compiled functions, and tile sizes are asked of the GPU.
+The interpreter cannot run it: `specialize` demands compiled functions, and the GPU determines tile sizes.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class TritonKernelsSorted(TritonKernels):
 
 
 class TritonKernelsInvariant(_TritonKernels):
-    """As the first, asked for the same bits in every batch."""
+    """As TritonKernels, with the option for the same bits in every batch."""
 
     name = "triton-kernels-invariant"
     batch_invariant = True

@@ -1,10 +1,10 @@
 """Backend "vllm-triton-interpreted": vLLM's functional fused_experts on the CPU, its kernels in Triton's interpreter.
 
-An emulation. fused_experts_impl, the Triton kernels and everything else in Python are vLLM's own; the operators that it
-has compiled for GPUs only are stood in for, here, in plain torch: alignment, activation, fp8 quantization, and the sum
-over slots. What this finds wrong in a kernel or in Python is vLLM's; in these operators, nothing can be found.
+An emulation. fused_experts_impl, the Triton kernels and the rest of the Python are vLLM's own. This file replaces the
+operators that vLLM compiles for GPUs only, in plain torch: alignment, activation, fp8 quantization, and the sum over
+slots. A fault in a kernel or in the Python is vLLM's; faults of the real operators cannot show here.
 
-vLLM takes Triton for absent where no driver is active, unless CUDA_VISIBLE_DEVICES is empty: then one may yet come.
+vLLM takes Triton to be absent where no driver is active, unless CUDA_VISIBLE_DEVICES is empty: then one may yet come.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def moe_sum(slots: Tensor, output: Tensor, topk_ids: Tensor | None = None, exper
 def scaled_fp8_quant(
     x: Tensor, scale: Tensor | None = None, use_per_token_if_dynamic: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """e4m3 codes of x [M, N] and their scale: the given one, or of every row, or of all. NaN is no largest value."""
+    """e4m3 codes of x [M, N] and their scale: the argument, one a row, or one for all. NaN is never the largest."""
     wide = x.float()
     if scale is None:
         sizes = wide.abs().nan_to_num(0.0, torch.inf)
@@ -70,7 +70,7 @@ def apply_moe_activation(activation: Any, output: Tensor, x: Tensor) -> Tensor:
 
 @cache
 def import_interpreted() -> Any:
-    """vLLM's fused_moe with its Triton kernels and these operators. RuntimeError where vLLM is there without Triton."""
+    """vLLM's fused_moe with its Triton kernels and these operators. RuntimeError if vLLM does not find Triton."""
     with vllm_python.quietly():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         fused_moe = vllm_python.import_module(f"{MOE}.fused_moe")

@@ -1,10 +1,10 @@
 """Backend "vllm-permute": vLLM's moe_permute and moe_unpermute, with its MoEPermuteScratch, around torch's products.
 
-What is under test is the permutation, its reuse of buffers, and the sum on the way back; each expert's rows are
-multiplied by torch.matmul. As in vLLM's CUTLASS experts, rows that no local expert serves are never written between.
+It tests the permutation, its reuse of buffers, and the sum on the way back; torch.matmul multiplies each expert's rows.
+As in vLLM's CUTLASS experts, rows that no local expert serves are never written between the two.
 
 The scratch holds tables only, and grows: its user keeps the permuted rows. make_scratch() adds a buffer for those, and
-permute() says in the harness's words what vLLM's tables say: -1 where there is nothing, the expert of each row.
+permute() translates vLLM's tables for the harness: -1 where there is no row, the expert of each row.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ ALIGNMENT = 16  #: bytes: rows are copied in pieces of this size
 
 
 class Scratch:
-    """`tables`, vLLM's scratch, with room for `rows` pairs, and what its user keeps beside it.
+    """`tables`, vLLM's scratch for `rows` pairs, and the buffers that its user keeps beside it.
 
-    Its tensors are attributes, but for the one that is written when it grows and only read from then on.
+    Its tensors are attributes, except the one that is written when it grows and only read from then on.
     """
 
     def __init__(self, tables: Any, rows: int, hidden_size: int | None, dtype: torch.dtype | None) -> None:
@@ -115,7 +115,7 @@ class VllmPermute:
         def call(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor | None = None) -> Tensor:
             problem, x, weights = layer.problem, hidden_states, topk_weights
             out = torch.empty_like(x) if out is None else out
-            if not len(x):  # vLLM's modular kernel returns before it asks anybody
+            if not len(x):  # vLLM's modular kernel returns early
                 return out
             if problem.router_weight_on_input:
                 x, weights = x * weights.to(x.dtype), torch.ones_like(weights)
@@ -140,7 +140,7 @@ def _permute(
     x: Tensor, topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, scratch: Scratch | None,
     num_local_experts: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(permuted rows, expert_first_token_offset, inv_permuted_idx, permuted_idx) as moe_permute gives them."""
+    """(permuted rows, expert_first_token_offset, inv_permuted_idx, permuted_idx) as moe_permute returns them."""
     tables, rows = None, None
     if scratch is not None:
         tables, num_local_experts = scratch.tables, scratch.tables.num_local_experts
@@ -150,7 +150,7 @@ def _permute(
 
 
 def _expert(rows: Tensor, layer: Any, e: int) -> Tensor:
-    """What the layer's local expert e makes of rows [n, K]."""
+    """The output of the layer's local expert e for rows [n, K]."""
     h = _linear(rows, layer.w13[e], layer.w13_bias, e).float()
     a = activate(h, layer.problem.activation, layer.problem.limit).to(rows.dtype)
     return _linear(a, layer.w2[e], layer.w2_bias, e)

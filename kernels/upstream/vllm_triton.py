@@ -1,14 +1,14 @@
-"""Backends "vllm-triton" and "vllm-triton-modular": vLLM's Triton kernels, by its two ways to them.
+"""Backends "vllm-triton" and "vllm-triton-modular": vLLM's Triton kernels, through both of its interfaces.
 
     vllm-triton            the functional fused_experts
     vllm-triton-modular    TritonExperts behind vLLM's modular kernel, which quantizes and weights the input first
 
-Both need vLLM's compiled operators (activation, quantization, alignment, sum), so a GPU: vllm_interpreted.py does not.
+Both need vLLM's compiled operators (activation, quantization, alignment, sum), so a GPU; vllm_interpreted.py does not.
 
-Layout "nk" as it comes. The functional way reads the layer at each call. The modular kernel is made in prepare(), and
-again when a bias, a scale or the configuration is another, as vLLM does when weights are loaded again.
+Layout "nk", unchanged. The functional interface reads the layer at each call. prepare() makes the modular kernel, and
+makes it again for another bias, scale or configuration, as vLLM does when weights are loaded again.
 
-The router and the alignment of vLLM are asked by themselves: route() is fused_topk_bias and grouped_topk, align() is
+vLLM's router and alignment are tested by themselves: route() is fused_topk_bias and grouped_topk, align() is
 moe_align_block_size.
 """
 
@@ -47,7 +47,7 @@ class _VllmTriton:
         return missing("vllm", since=OLDEST)
 
     def supports(self, problem: Any) -> str | None:
-        """None or "<keyword>: reason": what both ways refuse by an assertion, or have no parameter for."""
+        """None or "<keyword>: reason": what both interfaces refuse by an assertion, or have no parameter for."""
         if problem.layout != "nk":
             return f"layout: {problem.layout}; vLLM's Triton kernels have w13 [E, 2I, K] and w2 [E, K, I] only"
         if problem.padded:
@@ -67,7 +67,7 @@ class _VllmTriton:
         return None
 
     def plans(self, problem: Any) -> list[dict]:
-        """Products are stored in io, the router weight before that; the sum over slots is the operator's affair: some
+        """Products are stored in io, the router weight before that; the operator decides how to sum over slots: some
         sizes of top_k have a kernel that adds in io."""
         chain = problem.activation in ("silu", "gelu", "gelu_tanh")
         plan = {
@@ -82,7 +82,7 @@ def route(
     logits: Tensor, top_k: int, method: str, renormalize: bool = False, scoring: str = "sigmoid", num_groups: int = 1,
     topk_groups: int = 1, routed_scaling_factor: float = 1.0, correction_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(topk_weights float32 [T, k], topk_ids int32 [T, k]) by vLLM's routers; of hidden_states they want the length."""
+    """(topk_weights float32 [T, k], topk_ids int32 [T, k]) by vLLM's routers, for the length of hidden_states."""
     if num_groups > 1:
         router = vllm_python.import_module(f"{MOE}.router.grouped_topk_router")
         return router.grouped_topk(
@@ -100,7 +100,7 @@ def align(
     topk_ids: Tensor, block_size: int, num_experts: int, expert_map: Tensor | None = None,
     num_local_experts: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """vLLM's moe_align_block_size, which leaves invalid ids out; num_local_experts is no concern of it."""
+    """vLLM's moe_align_block_size, which leaves invalid ids out; it does not use num_local_experts."""
     module = vllm_python.import_module(f"{MOE}.moe_align_block_size")
     return module.moe_align_block_size(topk_ids, block_size, num_experts, expert_map, ignore_invalid_experts=True)
 
@@ -180,7 +180,7 @@ class VllmTritonModular(_VllmTriton):
         return None
 
     def plans(self, problem: Any) -> list[dict]:
-        """As the functional way; a router weight on the input is cast to io, and so is what it scales."""
+        """As the functional interface; a router weight on the input is cast to io, and so is what it scales."""
         on_input = {"weighted_input": "io", "router_weight": "io"} if problem.router_weight_on_input else {}
         return [{**plan, **on_input} for plan in super().plans(problem)]
 

@@ -65,7 +65,7 @@ def interface() -> ModuleType:
 
 
 def size_refusal(problem: Any) -> str | None:
-    """None or "<keyword>: reason": what the native operators raise for, whoever calls them."""
+    """Return None or "<keyword>: reason": the conditions under which the native operators raise."""
     inner, rows = problem.intermediate_size, problem.w13_rows
     if problem.top_k not in TOP_K:
         return f"shape: top_k={problem.top_k}; the operators are instantiated for {', '.join(map(str, TOP_K))}"

@@ -1,19 +1,19 @@
 """Backend "vllm-xpu-experts": vLLM's own way to XpuFusedMoe, its classes XPUExperts, XPUExpertsFp8, XPUExpertsBlockFp8.
 
-What vLLM does on an Intel GPU, with its own objects: the configurations, the kernel that its oracle makes of them in
-prepare(), and in every call that kernel's apply(), which scales the input for router weights on input, hands it to the
-experts and finalizes. The experts build their XpuFusedMoe in the first apply() and keep it, whatever later ones are
-given (vLLM PR 42915). Every call here gives them what the layer holds at that moment, as vLLM's layers do; biases and
-scales go into a configuration when the kernel is made.
+It runs vLLM's code for an Intel GPU, with vLLM's objects: the configurations, the kernel that its oracle makes of them
+in prepare(), and in every call that kernel's apply(), which scales the input for router weights on input, passes it to
+the experts and finalizes. The experts build their XpuFusedMoe in the first apply() and keep it, whatever later calls
+pass (vLLM PR 42915). Every call here passes the layer's present tensors, as vLLM's layers do; biases and scales go into
+a configuration when the kernel is made.
 
 Layout "kn" is what the kernel wants, and is passed as it is. "nk" is a checkpoint's: it goes through vLLM's own
 conversion in every call, as if its weights had just been loaded again, and then where vLLM's reload puts it:
-unquantized weights are copied into those that the kernel was first given, fp8 weights get a new kernel.
+unquantized weights are copied into the kernel's first ones, fp8 weights get a new kernel.
 
-Without an XPU the operators are stood in for (vllm_xpu), and vLLM knows that it has none. So two of its modules are
-told otherwise, `experts/xpu_moe.py` for good and `config.py` while a configuration is made; and `modular_kernel.py` is
-told that it runs on a CPU, where it allocates with torch alone. Nothing else of vLLM is replaced; what its import
-changes in the environment is undone.
+Without an XPU the operators have stand-ins (vllm_xpu), and vLLM knows that there is no XPU. So two of its modules get
+another platform, `experts/xpu_moe.py` for good and `config.py` while a configuration is made; and `modular_kernel.py`
+gets the CPU's, where it allocates with torch alone. Nothing else of vLLM is replaced. Changes that its import makes to
+the environment are undone.
 """
 
 from __future__ import annotations

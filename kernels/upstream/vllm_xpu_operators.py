@@ -1,8 +1,8 @@
 """Stand-ins for the native operators of vllm-xpu-kernels, for machines without an XPU: emulation, in plain torch.
 
 The wheel's Python (XpuFusedMoe: what it captures, which sizes, dtypes and maps it hands over) then runs unchanged, on
-CPU tensors. What an operator does here was read in its C++ (commit 4543b58), down to what a device would do with
-arguments that nobody checks:
+CPU tensors. The operators follow their C++ (commit 4543b58), including what a device would do with arguments that
+no code checks:
 
     memory    is read and written from the data pointer on: strides are ignored, and dtypes are reinterpreted
     unwritten is NaN: rows that no expert gets, a product in a dtype that the GEMM has no kernel for
@@ -263,7 +263,7 @@ class _Torch:
 
 
 def redirect(*modules: ModuleType) -> None:
-    """From now on these modules find the stand-ins where they look for the operators of the wheel."""
+    """Let these modules find the stand-ins, from now on, where they look for the operators of the wheel."""
     with _lock:
         _library()
         for module in modules:

@@ -78,7 +78,7 @@ def restride(layer):
 @pytest.mark.parametrize(
     "change", [rebind_data, new_parameters, bigger, half_precision, expert_parallel, new_activation, biases, restride]
 )
-def test_whatever_is_replaced_is_followed(change):
+def test_every_replaced_part_is_followed(change):
     layer, launch = make_layer(), Launch()
     instance, call = CachedFusedMoE(layer, launch), make_call()
     before = apply(instance, call)
@@ -290,7 +290,7 @@ def test_with_the_triton_kernels_themselves():
         from harness import interpreter
         interpreter.enable()
         import torch
-        from harness.inputs.draw import TORCH_DTYPE, Inputs, draw, forget, in_layout, expert_map
+        from harness.inputs.draw import draw
         from harness.problem.case import Case
         from kernels.cached import TritonCachedMoE
         backend = TritonCachedMoE()

@@ -103,7 +103,7 @@ def test_the_mismatch_of_pull_request_40109():
         ({"granularity": "tensor", "w13_scale": None}, "w13_scale: missing with scale granularity 'tensor'"),
     ],
 )
-def test_what_does_not_fit_is_named(changes, message):
+def test_a_misfit_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         to_kn(weights(**changes))
 

@@ -194,7 +194,7 @@ def poisoned_grouped_mm(monkeypatch):
 @pytest.mark.usefixtures("poisoned_grouped_mm")
 @pytest.mark.parametrize("activation", ["silu", "relu2", "swigluoai"])
 @pytest.mark.parametrize("backend", ALL, ids=named)
-def test_ids_that_nobody_serves_contribute_nothing(backend, activation):
+def test_unserved_ids_contribute_nothing(backend, activation):
     problem = make_problem(activation=activation, invalid_ids=True, ep=SimpleNamespace(size=2, rank=0), top_k=3)
     if reason := backend.supports(problem, device="cpu"):
         assert backend in TRANSFORMERS and reason.partition(":")[0] in ("invalid_ids", "activation")
@@ -280,12 +280,12 @@ def test_threads_share_a_prepared_call(backend):
     ],
     ids=lambda v: getattr(v, "name", str(v)),
 )
-def test_what_is_not_supported_is_said_with_a_keyword(backend, changes, keyword):
+def test_an_unsupported_case_has_a_reason_with_a_keyword(backend, changes, keyword):
     assert backend.supports(make_problem(**changes)).startswith(f"{keyword}: ")
 
 
 @pytest.mark.skipif(not TRANSFORMERS, reason="transformers is not installed")
-def test_what_a_version_of_transformers_gets_wrong_is_found_by_trying(monkeypatch):
+def test_faults_of_a_transformers_version_are_found_by_a_probe(monkeypatch):
     def failure(backend, limit, sentinel=False):
         return upstream._failure.__wrapped__(backend.implementation, "swigluoai", limit, sentinel)
 
@@ -300,7 +300,7 @@ def test_what_a_version_of_transformers_gets_wrong_is_found_by_trying(monkeypatc
 
 
 @pytest.mark.skipif(not TRANSFORMERS, reason="transformers is not installed")
-def test_what_was_found_is_declared(monkeypatch):
+def test_probed_failures_are_declared(monkeypatch):
     ep = SimpleNamespace(size=2, rank=0)
     moe = upstream.Eager()
     monkeypatch.setattr(upstream, "_failure", lambda *kind: "asserts" if kind[-1] else None)

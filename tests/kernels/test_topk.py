@@ -55,7 +55,7 @@ def test_any_arguments_against_the_reference(seed):
     assert judge_routing(route(logits.double(), top_k, **exact), weights, ids) == []
 
 
-def test_rows_that_nothing_can_be_said_of_still_have_distinct_experts_in_order():
+def test_undetermined_rows_still_have_distinct_experts_in_order():
     nan, inf = math.nan, math.inf
     logits = torch.tensor([[nan] * 6, [-inf] * 6, [0.0] * 6, [nan, -inf, nan, 1.0, nan, 1.0], [inf, nan, inf, 0, 0, 1]])
     for options in (dict(method="softmax_topk"), dict(method="sigmoid"), dict(method="topk_softmax")):
@@ -369,7 +369,7 @@ def test_right_routers_are_not_accused():
     assert accused(Router(by_tanh, promises=("small_sigmoids",)), sigmoids) != []
 
 
-def test_a_backend_without_a_router_or_without_an_option_is_not_asked():
+def test_without_a_router_or_an_option_the_case_is_unsupported():
     case = Case.parse("t5-h1-i1-e8-k2-bf16-random-route.id_map")
     for router, reason in ((None, "has no route()"), (by_reference, "has no id_map")):
         lacking = Router(router)

@@ -194,7 +194,7 @@ def test_nan_stays_in_its_row(scheme, run):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_nobody_and_nothing(run):
+def test_no_valid_id_and_no_token(run):
     (x, w13, w2, weights, ids), keywords, _ = make(tokens=3, experts=4, scheme=Fp8Scheme("tensor", "tensor"))
     result = RUNS[run]((x, w13, w2, weights, torch.full_like(ids, -1)), keywords)
     assert (result == 0).all()

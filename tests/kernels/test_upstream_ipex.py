@@ -46,7 +46,7 @@ def silu_layer(x, w13, w2, weights, ids):
     return (y[torch.arange(len(x))[:, None], ids] * weights[..., None]).sum(1)
 
 
-def test_nothing_is_imported_by_asking():
+def test_supports_and_available_import_nothing():
     script = """
         import sys
         from harness.problem.case import Case
@@ -66,7 +66,7 @@ def test_a_missing_package_is_named(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=named)
-def test_another_torch_is_told_without_the_import_that_would_fail(backend, monkeypatch):
+def test_another_torch_is_reported_without_the_import_that_would_fail(backend, monkeypatch):
     monkeypatch.setattr(ipex, "installed", lambda *names: (names[0], "1.13.100"))
     assert backend.available() == f"intel-extension-for-pytorch 1.13.100 needs torch 1.13, not {torch.__version__}"
 
@@ -131,7 +131,7 @@ def test_the_oracle_is_the_same_with_ipex_in_its_process(tmp_path):
             from kernels.upstream.ipex import import_ipex
             import_ipex()
         from harness.oracle.deviation import expect
-        from harness.inputs.draw import TORCH_DTYPE, Inputs, draw, forget, in_layout, expert_map
+        from harness.inputs.draw import draw
         from harness.problem.case import Case
         from reference.plan import RoundingPlan
         answers = []

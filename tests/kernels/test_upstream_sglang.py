@@ -68,7 +68,7 @@ def error(got, want):
 # -- sglang-triton ----------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_imported_by_asking():
+def test_supports_and_available_import_nothing():
     script = """
         import sys
         from harness.problem.case import Case
@@ -139,7 +139,7 @@ def test_refuses_what_sglang_has_not(descriptor, device, keyword):
         "t4-h128-i256-e4-k2-bf16-e4m3.block.group-random",
     ],
 )
-def test_takes_what_fused_experts_takes(descriptor):
+def test_supports_what_fused_experts_supports(descriptor):
     assert SglangTriton().supports(problem(descriptor), device="cuda") is None
 
 
@@ -225,7 +225,7 @@ def test_a_missing_sgl_kernel_is_named(monkeypatch):
     assert SglangXpu().available().startswith("the package sgl_kernel is not installed")
 
 
-def test_an_import_error_is_told(monkeypatch, fake):
+def test_an_import_error_is_reported(monkeypatch, fake):
     def broken():
         raise OSError("libsycl.so.8: cannot open shared object file\nand more")
 
@@ -256,7 +256,7 @@ def test_an_xpu_is_needed(monkeypatch, fake):
         "t9-h64-i32-e5-k2-bf16-relu2-random",
     ],
 )
-def test_hands_the_layer_over(descriptor, fake):
+def test_passes_the_layer_on(descriptor, fake):
     p, layer, x, weights, ids, want = made(descriptor)
     assert SglangXpu().supports(p) is None
     out = torch.full_like(x, torch.nan)

@@ -44,18 +44,18 @@ def put(folder, *files: str) -> None:
         (folder / name).write_text("raise ImportError('nobody imports this to look')\n")
 
 
-def test_without_any_it_says_so(search_path):
+def test_a_missing_package_is_reported(search_path):
     assert TritonKernels().available() == "triton_kernels is not installed, nor a vllm that has a copy"
 
 
-def test_the_package_of_that_name_on_pypi_is_a_stranger(search_path):
+def test_the_package_of_that_name_on_pypi_is_refused(search_path):
     put(search_path / "triton_kernels")
     assert "has no matmul_ogs.py" in str(TritonKernels().available())
     with pytest.raises(ImportError, match="another version or package"):
         adapter.import_package.__wrapped__()
 
 
-def test_a_stranger_does_not_hide_the_copy_in_vllm(search_path):
+def test_another_package_of_that_name_does_not_hide_the_copy_in_vllm(search_path):
     copy = search_path / "vllm" / "third_party" / "triton_kernels"
     put(search_path / "vllm")
     put(search_path / "triton_kernels")
@@ -197,7 +197,7 @@ def answers(descriptor: str, seed: int = 0):
         "t7-h12-i6-e4-k2-fp32-ep2.1-invalid", "t7-h12-i6-e4-k1-fp32-win-swigluoai", "t7-h12-i6-e4-k2-fp32-duplicate",
     ],
 )  # fmt: skip
-def test_what_it_hands_over_is_the_layer(calls, descriptor):
+def test_it_passes_the_layer_on(calls, descriptor):
     got, want = answers(descriptor)
     torch.testing.assert_close(got, want)
     assert [bool(c.fused) for c in calls] == ["swigluoai" in descriptor and "win" not in descriptor, False]

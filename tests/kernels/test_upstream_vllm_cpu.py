@@ -61,7 +61,7 @@ def assert_near(got, want, dtype):
     assert relative < {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}[dtype]
 
 
-def test_nothing_is_imported_or_loaded_by_asking():
+def test_supports_and_available_import_and_load_nothing():
     script = """
         import sys, torch
         from harness.problem.case import Case
@@ -170,7 +170,7 @@ def test_any_number_of_tokens(tokens):
 
 
 @pytest.mark.parametrize("backend", [FusedMoE(), FusedExpertsCpu()])
-def test_an_expert_map_is_refused_against_vllm_s_own_word(backend):
+def test_an_expert_map_is_refused_although_vllm_accepts_it(backend):
     """vLLM's classes accept it, never read it, and hand global ids to operators that index local experts with them."""
     assert backend.supports(problem("t4-h64-i64-e8-k2-bf16-ep2.1-random")).startswith("expert_map: ")
 

@@ -269,7 +269,7 @@ def test_alpha_and_beta_of_swigluoai_are_dropped(monkeypatch):
 
 @needs_vllm
 @pytest.mark.parametrize("change", ["w13", "w2", "activation", "expert_map"])
-def test_what_the_first_apply_was_given_stays(change):
+def test_the_first_apply_fixes_its_arguments(change):
     """Wrong there: apply() is given weights, activation and expert_map, and uses those of the first call."""
     layer, batch = made("t4-h16-i8-e4-k2-bf16-ep2.1-kn" if change == "expert_map" else PLAIN)
     call = prepared(VllmXpuExperts(), layer)
