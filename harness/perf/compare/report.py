@@ -15,7 +15,7 @@ from harness.perf.metrics import METRICS
 
 WIDTH = 120
 HEADING = ("", "BASE", "HEAD", "change", "", "floor", "finds", "samples", "time")
-WIDTHS = (18, 11, 11, 28, 12, 7, 7, 8, 7)  #: at least, of the columns
+WIDTHS = (16, 10, 10, 26, 10, 6, 6, 8, 6)  #: the least widths of the columns
 Groups = list[tuple[tuple[str, str], list[Comparison], str]]
 
 
