@@ -92,10 +92,10 @@ def test_only_an_editable_build_is_possible(tmp_path, build):
     script = f"from setuptools.build_meta import {build} as build; build('out')"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert [path.suffix for path in (tmp_path / "out").glob("*")] == ([".whl"] if build == "build_editable" else [])
-    told = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     if build == "build_wheel":
-        assert done.returncode and len(told) == 1 and "Traceback" not in done.stderr
-        assert told[0].startswith("error: moe-harness can only be installed with `pip install -e .`: its top-level")
+        assert done.returncode and len(errors) == 1 and "Traceback" not in done.stderr
+        assert errors[0].startswith("error: moe-harness can only be installed with `pip install -e .`: its top-level")
     else:
         assert done.returncode == 0, done.stderr
 

@@ -20,6 +20,7 @@ import functools
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -80,7 +81,7 @@ def usable() -> str | None:
     return None
 
 
-def _probe(out, n, BLOCK: tl.constexpr):  # type: ignore[name-defined]  # tl is bound at run time
+def _probe(out: Any, n: Any, BLOCK: tl.constexpr) -> None:  # type: ignore[name-defined]  # tl is bound at run time
     # A loop with a runtime bound: newer numpy versions broke it.
     total = tl.arange(0, BLOCK)
     for _ in range(0, n):
@@ -88,13 +89,13 @@ def _probe(out, n, BLOCK: tl.constexpr):  # type: ignore[name-defined]  # tl is 
     tl.store(out + tl.arange(0, BLOCK), total)
 
 
-def decode(data: np.ndarray, dtype) -> np.ndarray:
+def decode(data: np.ndarray, dtype: Any) -> np.ndarray:
     """The numbers in an interpreter array of Triton dtype: bf16 and fp8 bits become float32, exactly."""
     stored = _STORED_AS_BITS.get(dtype.name)
     return data if stored is None else np.ascontiguousarray(data).view(stored).astype(np.float32)
 
 
-def encode(numbers: np.ndarray, dtype) -> np.ndarray:
+def encode(numbers: np.ndarray, dtype: Any) -> np.ndarray:
     """Numbers -> the interpreter's array for Triton dtype, rounded to nearest even.
 
     fp8 saturates like cvt.rn.satfinite on Hopper: beyond 448 (e4m3) or 57344 (e5m2), infinities included, to that
@@ -112,18 +113,18 @@ def encode(numbers: np.ndarray, dtype) -> np.ndarray:
     return numbers.astype(stored).view(_get_np_dtype(dtype))
 
 
-def _patch_arithmetic(interpreter) -> None:
+def _patch_arithmetic(interpreter: Any) -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     convert_as_shipped = interpreter._convert_float
     towards_zero = interpreter._ir.ROUNDING_MODE.RTZ
     known = {*_STORED_AS_BITS, "fp16", "fp32", "fp64"}
 
-    def cast_impl(self, src, dst_type):
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         src_type, dst_type = src.dtype.scalar, dst_type.scalar
         with np.errstate(all="ignore"):  # overflow to infinity is a result, not an error
             return handle(encode(decode(src.data, src_type), dst_type), dst_type)
 
-    def convert_float(data, src_type, dst_type, rounding_mode):
+    def convert_float(data: np.ndarray, src_type: Any, dst_type: Any, rounding_mode: Any) -> np.ndarray:
         # Returns bits, which callers view as the type that they need.
         if rounding_mode == towards_zero or not {src_type.name, dst_type.name} <= known:
             return convert_as_shipped(data, src_type, dst_type, rounding_mode)
@@ -131,7 +132,7 @@ def _patch_arithmetic(interpreter) -> None:
             converted = encode(decode(data, src_type), dst_type)
         return converted.view(f"uint{dst_type.primitive_bitwidth}")
 
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         if not a.dtype.scalar.is_floating():
             return dot_as_shipped(self, a, b, d, input_precision, max_num_imprecise_acc)
         wide = np.float64 if d.data.dtype == np.float64 else np.float32
@@ -150,10 +151,10 @@ def _patch_arithmetic(interpreter) -> None:
         setattr(builder, name, _through_float32(getattr(builder, name), handle))
 
 
-def _through_float32(operator, handle):
+def _through_float32(operator: Callable[..., Any], handle: Any) -> Callable[..., Any]:
     """An InterpreterBuilder operator (self, *operands, numpy function) that computes on numbers, not on bf16 bits."""
 
-    def wrapped(self, *args):
+    def wrapped(self: Any, *args: Any) -> Any:
         *operands, function = args
         dtype = operands[-1].dtype.scalar
         if dtype.name not in _STORED_AS_BITS or function is np.where:  # selecting bits selects numbers
@@ -177,11 +178,11 @@ def undefined(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.ones(shape, bool) if dtype.kind == "b" else np.full(shape, _UNDEFINED[dtype.itemsize]).view(dtype)
 
 
-def _patch_loads(interpreter) -> None:
+def _patch_loads(interpreter: Any) -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     load_as_shipped = builder.create_masked_load
 
-    def create_masked_load(self, ptrs, mask, other, *rest):
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
         # Shipped: zeros. No GPU guarantees them.
         if other is None and not mask.data.all():
             element = ptrs.get_element_ty()
@@ -191,10 +192,10 @@ def _patch_loads(interpreter) -> None:
     builder.create_masked_load = create_masked_load
 
 
-def _patch_speed(interpreter) -> None:
+def _patch_speed(interpreter: Any) -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
-    def create_erf(self, arg):
+    def create_erf(self: Any, arg: Any) -> Any:
         # Shipped: one Python call per element.
         exact = torch.erf(torch.from_numpy(np.array(arg.data, dtype=np.float64))).numpy()
         return handle(exact.astype(arg.data.dtype), arg.dtype.scalar)
@@ -206,7 +207,7 @@ def _patch_speed(interpreter) -> None:
     numpy_type_as_shipped = interpreter._get_np_dtype
     numpy_types: dict[str, np.dtype] = {}
 
-    def get_np_dtype(dtype):
+    def get_np_dtype(dtype: Any) -> np.dtype:
         scalar = dtype.scalar
         if scalar.is_ptr():
             return np.dtype(np.uint64)
@@ -222,10 +223,10 @@ def _patch_speed(interpreter) -> None:
     patched: set[int] = set()
 
     class KeepPatched:
-        def restore(self):
+        def restore(self) -> None:
             pass
 
-    def patch_once(fn):
+    def patch_once(fn: Any) -> KeepPatched:
         namespaces = {id(m) for m in fn.__globals__.values() if m is tl or m is tl.core}
         if not namespaces <= patched:
             patch_language(fn)
@@ -250,7 +251,7 @@ def _keep_types() -> None:
     build_type, build_tensor = core.block_type.__init__, core.tensor.__init__
     made: dict[tuple, dict[str, Any]] = {}
 
-    def block_type(self, element_ty, shape):
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
         # The entry keeps the element type alive, so no other object can have its id.
         key = (id(element_ty), *[s.value if isinstance(s, core.constexpr) else s for s in shape])
         if key not in made:
@@ -260,7 +261,7 @@ def _keep_types() -> None:
             made[key] = self.__dict__ | {"of_tensors": {}}
         self.__dict__.update(made[key])
 
-    def tensor(self, handle, type):
+    def tensor(self: Any, handle: Any, type: Any) -> None:
         of_tensors = type.__dict__.setdefault("of_tensors", {})
         if not of_tensors:
             build_tensor(self, handle, type)
@@ -269,7 +270,7 @@ def _keep_types() -> None:
         self.__dict__.update(of_tensors)
         self.handle = handle
 
-    def broadcast(self, lhs, rhs):
+    def broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
         # Shipped: equal shapes are compared number by number, too.
         left, right = (t.type.shape.values if t.type.is_block() else None for t in (lhs, rhs))
         return (lhs, rhs) if left == right else broadcast_as_shipped(self, lhs, rhs)
@@ -279,11 +280,11 @@ def _keep_types() -> None:
     semantic.TritonSemantic.broadcast_impl_value = broadcast
 
 
-def _one_launch_at_a_time(executor) -> None:
+def _one_launch_at_a_time(executor: Any) -> None:
     launch, lock = executor.__call__, threading.RLock()
 
     @functools.wraps(launch)
-    def locked(self, *args, **kwargs):
+    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
         with lock:
             return launch(self, *args, **kwargs)
 

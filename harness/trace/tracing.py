@@ -90,11 +90,13 @@ class Tracing(TorchDispatchMode):
         self._watching.__enter__()
         return self.trace
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._watching.__exit__(None, None, None)
         super().__exit__(*error)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if in_launch():
             return result

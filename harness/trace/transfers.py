@@ -62,7 +62,9 @@ class _Functions(TorchFunctionMode):
         self.intended = intended
         self.current = ""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         outer, self.current = self.current, getattr(func, "__name__", "")
         try:
             if self.intended and self.current in _READS and not in_launch():
@@ -79,7 +81,9 @@ class _Operators(TorchDispatchMode):
         self.seen = seen
         self.functions = functions
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

@@ -105,7 +105,7 @@ def test_a_job_for_every_shard_and_comparison(rows):
 
 
 @pytest.mark.parametrize(
-    "words, chosen, told",
+    "words, chosen, warning",
     [
         ([], ["hosted", "own"], ""),
         (["--when", "change"], ["hosted"], ""),
@@ -115,12 +115,12 @@ def test_a_job_for_every_shard_and_comparison(rows):
         (["own", "--when", "nightly", "--runners", "gpu"], ["own"], ""),
     ],
 )
-def test_rows_take_part_where_their_runners_are(rows, capsys, words, chosen, told):
+def test_rows_take_part_where_their_runners_are(rows, capsys, words, chosen, warning):
     rows(TWO)
     assert matrix.main(["--json", *words]) == 0
     printed = capsys.readouterr()
     assert list(dict.fromkeys(job["row"] for job in json.loads(printed.out)["rows"]["include"])) == chosen
-    assert told in printed.err and bool(told) == bool(printed.err)
+    assert warning in printed.err and bool(warning) == bool(printed.err)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")

@@ -91,7 +91,7 @@ def test_a_durations_file_that_cannot_be_used(tmp_path, text, message):
 
 
 def test_the_committed_durations_balance_the_rows_of_the_matrix():
-    """The battery as it is now, by what is known of it: new families and backends are to be recorded."""
+    """The suite as it is now, by what is known of it: new families and backends are to be recorded."""
     device.start({"cpu"})
     past = durations.read(matrix.DURATIONS)
     for row in matrix.read().values():
@@ -124,8 +124,8 @@ pytest_plugins = ["harness.plugin"]
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch):
-    monkeypatch.setattr("harness.plugin.verdicts.run_case", lambda case, backend, device, family="": Verdict(
-        str(case), backend.name, str(device), "passed", family))
+    monkeypatch.setattr("harness.plugin.verdicts.run_case", lambda case, backend, device, family="", spec="": Verdict(
+        str(case), backend.name, str(device), "passed", family, spec=spec))
 """
 TINY = """
 FAMILY = "tiny"

@@ -152,8 +152,8 @@ def script(file, job, start):
 )
 def test_the_plan(shell, tmp_path, variables, rows):
     output = tmp_path / "output"
-    code, told = shell(script("rows.yml", "plan", "harness.ci.matrix"), GITHUB_OUTPUT=str(output), **variables)
-    assert code == 0, told
+    code, text = shell(script("rows.yml", "plan", "harness.ci.matrix"), GITHUB_OUTPUT=str(output), **variables)
+    assert code == 0, text
     name, _, plan = output.read_text().partition("=")
     assert name == "jobs" and plan.count("\n") == 1
     assert {job["row"] for job in json.loads(plan)["rows"]["include"]} == rows
@@ -161,9 +161,9 @@ def test_the_plan(shell, tmp_path, variables, rows):
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
 def test_a_plan_that_fails_is_no_empty_plan(shell, tmp_path):
-    code, told = shell(script("rows.yml", "plan", "harness.ci.matrix"), GITHUB_OUTPUT=str(tmp_path / "o"), FORK="false",
+    code, text = shell(script("rows.yml", "plan", "harness.ci.matrix"), GITHUB_OUTPUT=str(tmp_path / "o"), FORK="false",
                        WHEN="weekly", RUNNERS="")  # fmt: skip
-    assert code == 2 and not (tmp_path / "o").exists(), told
+    assert code == 2 and not (tmp_path / "o").exists(), text
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
@@ -172,16 +172,16 @@ def test_the_verdict_of_nothing_is_red(shell, tmp_path, file):
     page = tmp_path / "page.md"
     plan = json.dumps(matrix.jobs([matrix.read()["xpu-emulated"]]))
     merge = script(file, "verdict", "harness.ci.gather")
-    code, told = shell(merge, PLAN=plan, GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(page))
-    assert code == 1 and "::error::xpu-emulated, shard 1/2: no results" in told, told
+    code, text = shell(merge, PLAN=plan, GITHUB_ACTIONS="true", GITHUB_STEP_SUMMARY=str(page))
+    assert code == 1 and "::error::xpu-emulated, shard 1/2: no results" in text, text
     assert page.read_text().startswith("## moe-harness: 3 problems")
     assert shell(merge, PLAN="")[0] == 2  # no plan was made
     good = script(file, "verdict", "NOT_GOOD")
     assert shell(good, NOT_GOOD="false")[0] == 0 and shell(good, NOT_GOOD="true")[0] == 1
 
 
-@pytest.mark.parametrize("code, ends, told", [(0, 0, ""), (1, 1, ""), (2, 2, ""), (3, 0, "::warning::")])
-def test_what_a_comparison_means(shell, tmp_path, code, ends, told):
+@pytest.mark.parametrize("code, ends, warning", [(0, 0, ""), (1, 1, ""), (2, 2, ""), (3, 0, "::warning::")])
+def test_what_a_comparison_means(shell, tmp_path, code, ends, warning):
     """What `compare` ends with, and what the job does."""
     work = tmp_path / "work"
     (work / ".venv" / "bin").mkdir(parents=True)
@@ -194,8 +194,8 @@ def test_what_a_comparison_means(shell, tmp_path, code, ends, told):
         subprocess.run([*git, *words], cwd=work, check=True)
     base = subprocess.run([*git, "rev-parse", "base"], cwd=work, capture_output=True, text=True).stdout.strip()
     found, output = shell(script("rows.yml", "compare", "--compare"), ROW="cpu", BASE="base", HEAD="HEAD")
-    assert found == ends and f"-m harness matrix cpu --compare {base} HEAD" in output and told in output
-    assert ("::" in output) == bool(told)
+    assert found == ends and f"-m harness matrix cpu --compare {base} HEAD" in output and warning in output
+    assert ("::" in output) == bool(warning)
 
 
 def test_history_keeps_the_last_nights(shell, tmp_path):
@@ -207,15 +207,15 @@ def test_history_keeps_the_last_nights(shell, tmp_path):
     for night in range(3):
         (work / "results" / "a.jsonl").write_text(record * (night + 1))
         (work / "results" / "cut.jsonl").write_text("")
-        code, told = shell(f"sleep 1; {ROOT / '.ci' / 'history'} results nights{night}", KEEP="2")
-        assert code == 0, told
+        code, text = shell(f"sleep 1; {ROOT / '.ci' / 'history'} results nights{night}", KEEP="2")
+        assert code == 0, text
     found = {path.name: [p.read_text().count("\n") for p in sorted(path.iterdir())] for path in work.glob("nights*")}
     assert found == {"nights0": [1], "nights1": [1, 2], "nights2": [2, 3]}
-    code, told = shell(
+    code, text = shell(
         f"git -C ../origin log --format=%s history && git status --short && {ROOT / '.ci' / 'history'} empty last"
     )
-    assert code == 0 and told.splitlines()[0] == "The last nights' results" and told.count("The last nights") == 1
-    assert "A " not in told and len(list((work / "last").iterdir())) == 2  # a night without results changes nothing
+    assert code == 0 and text.splitlines()[0] == "The last nights' results" and text.count("The last nights") == 1
+    assert "A " not in text and len(list((work / "last").iterdir())) == 2  # a night without results changes nothing
     assert shell(f"git remote set-url origin nowhere; {ROOT / '.ci' / 'history'} results nights")[0] != 0
 
 

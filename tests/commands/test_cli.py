@@ -29,8 +29,8 @@ def made_up(monkeypatch):
     """made_up(status, ...): the verdict that run_case returns."""
 
     def set_to(status, **more):
-        def run(case, backend, device, family=""):
-            return Verdict(str(case), backend.name, str(device), status, family, **more)
+        def run(case, backend, device, family="", spec=""):
+            return Verdict(str(case), backend.name, str(device), status, family, spec=spec, **more)
 
         monkeypatch.setattr("harness.commands.run.run_case", run)
 

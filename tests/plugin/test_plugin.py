@@ -1,6 +1,6 @@
-"""harness/plugin.py, on a battery of a few rows whose verdicts are made up: what is asked by tokens.
+"""harness/plugin, on a suite of a few rows with made-up verdicts: the number of tokens selects the verdict.
 
-Runs in this process where that is possible; with xdist, or where the process is to die, in others.
+Runs in this process if possible; with xdist, or if the process has to die, in others.
 """
 
 import json
@@ -28,7 +28,7 @@ pytest_plugins = ["harness.plugin"]
 STATUS = {1: "passed", 2: "failed", 3: "unsupported", 4: "mistrusted", 8: "crashed"}
 REASON = {2: "off by one", 3: "quant: not mine", 4: "nearly all zero", 8: "IndexError: 7"}
 
-def run(case, backend, device, family=""):
+def run(case, backend, device, family="", spec=""):
     tokens = case.problem.tokens
     if tokens == 5:
         raise DeviceLost("cuda does not answer any more: illegal memory access")
@@ -38,7 +38,8 @@ def run(case, backend, device, family=""):
         time.sleep(60)
     report = "token 0 is wrong\\nin column 3" if tokens == 2 else ""
     budget = {1: 0.5, 2: 3.25}.get(tokens, 0.0)
-    return Verdict(str(case), backend.name, str(device), STATUS[tokens], family, REASON.get(tokens, ""), report, budget)
+    reason, status = REASON.get(tokens, ""), STATUS[tokens]
+    return Verdict(str(case), backend.name, str(device), status, family, reason, report, budget, spec=spec)
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch):
@@ -58,8 +59,8 @@ def row(tokens, rest="-exact"):
 
 
 @pytest.fixture
-def battery(pytester, monkeypatch):
-    """battery(1, 2): a directory with one family of these rows."""
+def suite(pytester, monkeypatch):
+    """suite(1, 2): a directory with one family of these rows."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for other processes
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # no other plugin is needed, and this is faster
 
@@ -122,15 +123,15 @@ def test_names_of_an_expression_are_found_behind_short_circuits():
 
 
 @pytest.mark.skipif("cuda" in device.present(), reason="there is a CUDA device")
-def test_an_absent_device_gives_no_items_and_says_why(battery):
-    result = battery(1).runpytest_inprocess("-m", "cuda", "--backend=mine:Mine")
+def test_an_absent_device_gives_no_items_and_says_why(suite):
+    result = suite(1).runpytest_inprocess("-m", "cuda", "--backend=mine:Mine")
     assert result.ret == 5
     result.stdout.fnmatch_lines(["moe-harness: devices: none", "nothing runs on cuda: no CUDA device:*"])
 
 
 @pytest.mark.skipif("xpu" in device.present(), reason="there is an XPU")
-def test_an_absent_xpu_is_emulated_for_those_that_promise_its_contract(battery):
-    tests = battery(1)
+def test_an_absent_xpu_is_emulated_for_those_that_promise_its_contract(suite):
+    tests = suite(1)
     result = tests.runpytest_inprocess("-m", "xpu", "--backend=mine:Contract", "-v")
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(
@@ -147,8 +148,8 @@ def test_an_absent_xpu_is_emulated_for_those_that_promise_its_contract(battery):
 
 
 # -- items ------------------------------------------------------------------------------------------------------------
-def test_ids_order_and_rows_without_a_fill(battery):
-    result = run(battery(row(1, ""), row(2)), "--collect-only", "-q", "--backend=mine:Other")
+def test_ids_order_and_rows_without_a_fill(suite):
+    result = run(suite(row(1, ""), row(2)), "--collect-only", "-q", "--backend=mine:Other")
     ids = [line.partition("[")[2].rstrip("]") for line in result.outlines if "[" in line]
     cases = (row(1, "-exact"), row(1, "-random"), row(2))
     assert ids == [f"{case}:{name}:cpu" for case in cases for name in ("mine", "other")]
@@ -170,31 +171,31 @@ def test_ids_order_and_rows_without_a_fill(battery):
     ],
     ids=str,
 )
-def test_selections(battery, options, executed):
-    result = run(battery(row(1, ""), 4, row(1, "-kn-exact")), *options)
+def test_selections(suite, options, executed):
+    result = run(suite(row(1, ""), 4, row(1, "-kn-exact")), *options)
     assert result.ret == (0 if executed else 5)
     assert (f"Executed {executed} verdict" in result.stdout.str()) == bool(executed)
     assert ("This was a selection" in result.stdout.str()) == bool(executed)  # --backend alone is one
 
 
-def test_seed_replaces_every_seed(battery):
-    result = run(battery(row(1), row(1, "-exact-s7")), "--collect-only", "-q", "--seed=3")
+def test_seed_replaces_every_seed(suite):
+    result = run(suite(row(1), row(1, "-exact-s7")), "--collect-only", "-q", "--seed=3")
     assert [line for line in result.outlines if "[" in line] == [f"test_tiny.py::test_tiny[{row(1)}-s3:mine:cpu]"]
 
 
-def test_markers_are_known(battery):
-    assert run(battery(1), "-W", "error").ret == 0
+def test_markers_are_known(suite):
+    assert run(suite(1), "-W", "error").ret == 0
 
 
-def test_a_row_that_makes_no_sense_is_one_line(battery):
-    result = run(battery("t1-h64-q7"))
+def test_a_row_that_makes_no_sense_is_one_line(suite):
+    result = run(suite("t1-h64-q7"))
     assert result.ret == 2
     result.stdout.fnmatch_lines(["test_tiny: 't1-h64-q7': no field is written 'q7'; tokens look like: *"])
     assert "Traceback" not in result.stdout.str()
 
 
-def test_a_test_that_does_not_call_check_is_no_pass(battery):
-    tests = battery(1)
+def test_a_test_that_does_not_call_check_is_no_pass(suite):
+    tests = suite(1)
     tests.makepyfile(test_tiny=(TINY % f'"{row(1)}": "why"').replace("check()", "pass"))
     result = run(tests)
     result.assert_outcomes(passed=1, errors=1)
@@ -202,8 +203,8 @@ def test_a_test_that_does_not_call_check_is_no_pass(battery):
 
 
 # -- verdicts ---------------------------------------------------------------------------------------------------------
-def test_verdicts_become_outcomes_records_and_a_table(battery):
-    tests = battery(1, 2, 3, 4, 8)
+def test_verdicts_become_outcomes_records_and_a_table(suite):
+    tests = suite(1, 2, 3, 4, 8)
     path = tests.path / "deep" / "results.jsonl"
     result = run(tests, f"--results={path}", "-rs")
     assert result.ret == 1
@@ -235,8 +236,8 @@ def test_verdicts_become_outcomes_records_and_a_table(battery):
     assert [r["status"] for r in records(path)[5:]] == ["failed", "crashed"]
 
 
-def test_backends_that_are_not_available_are_listed(battery, monkeypatch):
-    tests = battery(1, row(1, ""))
+def test_backends_that_are_not_available_are_listed(suite, monkeypatch):
+    tests = suite(1, row(1, ""))
     found = []
     monkeypatch.setattr(backend, "installed", lambda: found)
     sys.path.insert(0, str(tests.path))  # pytester restores it
@@ -264,15 +265,15 @@ def test_backends_that_are_not_available_are_listed(battery, monkeypatch):
         ),
     ],
 )  # fmt: skip
-def test_wrong_options_are_one_line(battery, option, message):
-    result = run(battery(1), *option.split("=", 1) if option.startswith("-m") else [option])
+def test_wrong_options_are_one_line(suite, option, message):
+    result = run(suite(1), *option.split("=", 1) if option.startswith("-m") else [option])
     assert result.ret == 4
     result.stderr.fnmatch_lines([f"ERROR: *{message}" if "tpu" not in message else message])
     assert "Traceback" not in result.stderr.str() + result.stdout.str()
 
 
-def test_the_floor_fails_a_run_that_executed_less(battery):
-    tests = battery(1, 3, 4)
+def test_the_floor_fails_a_run_that_executed_less(suite):
+    tests = suite(1, 3, 4)
     (tests.path / "floor.toml").write_text("[cpu]\nmine = 2\nnot-asked-for = 9\n[cuda]\nmine = 9\n")
     assert run(tests, "--floor=floor.toml").ret == 0
     (tests.path / "floor.toml").write_text("[cpu]\nmine = 3\n")
@@ -284,8 +285,8 @@ def test_the_floor_fails_a_run_that_executed_less(battery):
 
 
 # -- devices that are lost, processes that die ------------------------------------------------------------------------
-def test_a_lost_device_ends_the_run(battery):
-    tests = battery(1, 5, 4)
+def test_a_lost_device_ends_the_run(suite):
+    tests = suite(1, 5, 4)
     result = run(tests, "--results=r.jsonl")
     assert result.ret == 1
     result.assert_outcomes(passed=1, failed=1)
@@ -294,18 +295,18 @@ def test_a_lost_device_ends_the_run(battery):
     assert [r["status"] for r in records(tests.path / "r.jsonl")] == ["passed", "crashed"]
 
 
-def test_a_device_found_lost_after_a_failure(battery, monkeypatch):
+def test_a_device_found_lost_after_a_failure(suite, monkeypatch):
     def synchronize(self):
         raise device.DeviceLost("gone")
 
     monkeypatch.setattr(Device, "synchronize", synchronize)
-    result = run(battery(2, 1))
+    result = run(suite(2, 1))
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*Exit: gone. No result after t2-*"])
 
 
-def test_a_case_that_hangs_is_recorded_before_the_process_ends(battery):
-    tests = battery(1, 7, 4)
+def test_a_case_that_hangs_is_recorded_before_the_process_ends(suite):
+    tests = suite(1, 7, 4)
     result = run_process(tests, "--results=r.jsonl", "--case-timeout=3")
     assert result.ret == 1
     text = result.stderr.str() + result.stdout.str()
@@ -315,9 +316,9 @@ def test_a_case_that_hangs_is_recorded_before_the_process_ends(battery):
 
 
 @pytest.mark.parametrize("dist", ["load", "worksteal"])
-def test_workers_that_die_are_replaced_and_counted(battery, monkeypatch, dist):
+def test_workers_that_die_are_replaced_and_counted(suite, monkeypatch, dist):
     pytest.importorskip("xdist")
-    tests = battery(*(row(t, f"-exact-s{s}") for s in (0, 1) for t in (1, 2, 3)), 4, 5, 6, 7)
+    tests = suite(*(row(t, f"-exact-s{s}") for s in (0, 1) for t in (1, 2, 3)), 4, 5, 6, 7)
     monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")  # with whatever other plugins are here
     result = run_process(tests, "-n", "2", f"--dist={dist}", "--results=r.jsonl", "--case-timeout=4")
     assert result.ret == 1

@@ -48,7 +48,7 @@ def test_a_descriptor_parses_back_to_the_same_case(case):
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, message",
     [
         ("t16-h256", "missing i16, e16, k16, bf16|fp16|fp32"),
         ("t16-h256-i128-e8-k2-bf16-fp8", "no field is written 'fp8'"),
@@ -62,8 +62,8 @@ def test_a_descriptor_parses_back_to_the_same_case(case):
         ("t16-h0-i128-e8-k2-bf16", "hidden_size=0: must be 1 or more"),
     ],
 )
-def test_a_wrong_descriptor_names_the_token_and_what_is_valid(text, said):
-    with pytest.raises(DescriptorError, match=said.replace("|", r"\|")):
+def test_a_wrong_descriptor_names_the_token_and_what_is_valid(text, message):
+    with pytest.raises(DescriptorError, match=message.replace("|", r"\|")):
         Case.parse(text)
 
 

@@ -26,8 +26,8 @@ def records():
     """Two places: a CPU with something red, a GPU with times over twelve runs."""
     for n in range(230):
         yield verdict(f"t{n + 1}-{SHAPE}-random", budget=n / 240, budgets={"rms": n / 240}, statistic="rms", calls=1)
-    told = {"report": f"line one\n{NASTY}", "error_map": MAP, "budget": 12.5, "budgets": {"rms": 12.5}, "calls": 1}
-    yield verdict(f"t7-{SHAPE}-kn-exact", "failed", family="scratch", reason=f"wrong {NASTY}", statistic="rms", **told)
+    text = {"report": f"line one\n{NASTY}", "error_map": MAP, "budget": 12.5, "budgets": {"rms": 12.5}, "calls": 1}
+    yield verdict(f"t7-{SHAPE}-kn-exact", "failed", family="scratch", reason=f"wrong {NASTY}", statistic="rms", **text)
     yield verdict(f"t8-{SHAPE}-exact", "crashed", backend=f"mine{NASTY}", reason="ValueError: no")
     yield verdict(f"t9-{SHAPE}-exact", "mistrusted", reason="only 3% of it", calls=1)
     yield verdict(f"t9-{SHAPE}-exact", "unsupported", backend="other", reason="quant: bf16 only")
@@ -230,7 +230,7 @@ def test_every_text_can_be_read(browser, report, scheme, width):
     click(browser, "[data-row]")
     pairs = page_pairs | browser.ask(CONTRAST)
     assert len(pairs) >= 10
-    assert {pair: told for pair, told in pairs.items() if told[0] < 4.5} == {}
+    assert {pair: text for pair, text in pairs.items() if text[0] < 4.5} == {}
     dark = browser.ask("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
     assert dark == (scheme == "dark")
     # Nothing but a table's own frame scrolls sideways.

@@ -9,9 +9,9 @@ from harness.device import Device
 from harness.problem import families as batteries
 from harness.results import known_failures
 from harness.results.verdict import Verdict
-from tests.plugin.test_plugin import battery, row, run
+from tests.plugin.test_plugin import row, run, suite
 
-__all__ = ["battery"]  # a fixture
+__all__ = ["suite"]  # a fixture
 pytest_plugins = ["pytester"]
 
 ENTRY = """
@@ -102,8 +102,8 @@ def test_only_what_fails_as_it_is_known_to_is_known(tmp_path, status, reason, mo
         assert "take the entry out of the ledger" in verdict.reason
 
 
-def test_a_run_excuses_what_is_known_and_says_so(battery):
-    made = battery(1, 2, row(2, "-random"))
+def test_a_run_excuses_what_is_known_and_says_so(suite):
+    made = suite(1, 2, row(2, "-random"))
     made.makefile(".toml", ledger=ENTRY.replace("t*-h64-*", "t2-*-exact"))
     result = run(made, "--ledger=ledger.toml")
     assert result.ret == 1
@@ -119,24 +119,24 @@ def test_a_run_excuses_what_is_known_and_says_so(battery):
     assert result.parseoutcomes() == {"passed": 1, "failed": 1, "xfailed": 1}
 
 
-def test_a_run_is_red_when_what_is_known_passes(battery):
-    made = battery(1)
+def test_a_run_is_red_when_what_is_known_passes(suite):
+    made = suite(1)
     made.makefile(".toml", ledger=ENTRY)
     result = run(made, "--ledger=ledger.toml")
     assert result.ret == 1 and result.parseoutcomes() == {"failed": 1}
     result.stdout.fnmatch_lines(["*it passed, but the ledger knows it to fail (found here 2026-11-23: one is added)*"])
 
 
-def test_a_wrong_ledger_ends_the_run_before_it_begins(battery):
-    made = battery(1)
+def test_a_wrong_ledger_ends_the_run_before_it_begins(suite):
+    made = suite(1)
     made.makefile(".toml", ledger=ENTRY.replace("why", "because"))
     result = run(made, "--ledger=ledger.toml")
     assert result.ret == 4
     result.stderr.fnmatch_lines(["*--ledger ledger.toml: entry 1: because: no such field*"])
 
 
-def test_what_is_known_to_end_the_process_ends_one_of_its_own(battery):
-    made = battery(1)
+def test_what_is_known_to_end_the_process_ends_one_of_its_own(suite):
+    made = suite(1)
     text = ENTRY.replace("mine", "ends").replace("off by", "exit code 3") + 'status = "crashed"'
     made.makefile(".toml", ledger=text)
     result = run(made, "--ledger=ledger.toml", spec="mine:Ends")
