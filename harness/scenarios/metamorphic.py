@@ -70,7 +70,7 @@ def relation(name: str) -> Callable[[Relate], Relate]:
 def check_relations(s: Session, name: str, inputs: Inputs, relations: list[Related]) -> None:
     """Call with all inputs, judge every output, and compare the outputs with each other."""
     if any(r.nan for r in relations) and not s.backend.nan_safe:
-        raise Unsupported(f"scenario: {s.backend.name} declares that it multiplies by zero what nobody asks for")
+        raise Unsupported(f"scenario: {s.backend.name} declares that NaN in unused rows or weights reaches its output")
     for other in (other for r in relations for other in r.others.values()):
         if other.backend_layer is not inputs.backend_layer and (reason := s.why_not(other.case.problem)):
             raise Unsupported(reason)

@@ -95,7 +95,7 @@ def nan_rows(inputs: Inputs) -> Related:
     weights = torch.where(nowhere, torch.nan, inputs.topk_weights)
     x = padded_rows(x) if problem.padded else x
     return Related(
-        {"NaN where nobody serves": replace(inputs, hidden_states=x, topk_weights=weights)},
+        {"NaN in unserved rows": replace(inputs, hidden_states=x, topk_weights=weights)},
         holds="path", nan=True,
     )  # fmt: skip
 
@@ -212,7 +212,7 @@ def unused_nan(inputs: Inputs) -> Related:
     local = _local(inputs)
     own = torch.arange(inputs.case.problem.local_experts, device=local.device)
     used = torch.isin(own, local)
-    refuse(bool(used.all()), "scenario: every expert is asked for")
+    refuse(bool(used.all()), "scenario: every expert is used")
     layer = with_experts(inputs.layer, torch.where(used, own, -1))
     return Related({"unused experts are NaN": other_layer(inputs, layer)}, holds="path", nan=True)
 
@@ -222,7 +222,7 @@ def expert_copies(inputs: Inputs) -> Related:
     """A copy of the busiest expert, which serves every second token of that expert, with all slots of the token: two
     slots at the expert and at its copy would make the same errors, which the oracle takes to be independent."""
     local = _local(inputs)
-    refuse(not (local >= 0).any(), "scenario: no expert is asked for")
+    refuse(not (local >= 0).any(), "scenario: no expert is used")
     busiest = int(local[local >= 0].mode().values)
     mine = local == busiest
     half = mine & (mine.any(1).cumsum(0) % 2 == 0)[:, None]

@@ -51,6 +51,7 @@ def _swap(name: str, kind: str) -> Callable[[Change], Change]:
 
 @_swap("copy_", "in_place")
 def copy_(layer: Layer, new: Layer) -> None:
+    """Write new values in place."""
     for name, tensor in layer.tensors().items():
         tensor.copy_(getattr(new, name))
 
@@ -64,6 +65,7 @@ def data_copy_(layer: Layer, new: Layer) -> None:
 
 @_swap("inference_mode", "in_place")
 def inference_mode(layer: Layer, new: Layer) -> None:
+    """Write new values in place under torch.inference_mode()."""
     with torch.inference_mode():
         copy_(layer, new)
 

@@ -1,4 +1,4 @@
-"""Whether a case can be asked of a backend on a device."""
+"""Whether a case runs on a backend and a device."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def why_not(case: Case, backend: Any, device: Device) -> str | None:
         reason = inexact(case.problem)
     unserved = case.problem.invalid_ids or case.problem.ep is not None
     if reason is None and case.fill == "extreme" and unserved and not backend.nan_safe:
-        reason = f"fill: {backend.name} declares that NaN in rows that nobody serves reaches its output"
+        reason = f"fill: {backend.name} declares that NaN in rows that no expert serves reaches its output"
     return reason

@@ -1,4 +1,4 @@
-"""Backends that are wrong for some problems only: what fuzzing is to find, and to shrink to what matters."""
+"""Backends that are wrong for some problems only, for fuzzing to find and to shrink."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from tests.support.emulated import Emulated
 
 
 class _Fuzzed(Emulated):
-    """Right, but where `wrong` says so."""
+    """Right, except for problems and batches for which `wrong` returns True: zeros there."""
 
     def __init__(self):
         super().__init__("fuzzed")
@@ -26,19 +26,21 @@ class Right(_Fuzzed):
 
 
 class InnerTail(_Fuzzed):
-    """The last columns of I are left out unless tiles of 16 hold them."""
+    """Wrong unless the intermediate size is a multiple of 16."""
 
     def wrong(self, problem, tokens):
         return problem.intermediate_size % 16 != 0
 
 
 class ThreeTokensAndBias(_Fuzzed):
+    """Wrong for three tokens and a layer with biases."""
+
     def wrong(self, problem, tokens):
         return tokens == 3 and problem.bias
 
 
 class SecondCall(_Fuzzed):
-    """Wrong from the second call of the process on."""
+    """Wrong in every call of the process but the first."""
 
     calls = 0
 
@@ -48,6 +50,8 @@ class SecondCall(_Fuzzed):
 
 
 class Dies(_Fuzzed):
+    """Ends its process by a signal for padded rows."""
+
     def wrong(self, problem, tokens):
         if problem.padded:
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -55,6 +59,8 @@ class Dies(_Fuzzed):
 
 
 class Hangs(_Fuzzed):
+    """Never returns for three tokens."""
+
     def wrong(self, problem, tokens):
         while tokens == 3:
             time.sleep(1)
@@ -62,10 +68,14 @@ class Hangs(_Fuzzed):
 
 
 class Refuses(_Fuzzed):
+    """Supports nothing."""
+
     def supports(self, problem):
         return "dtype: none at all"
 
 
 class Gibberish(_Fuzzed):
+    """Gives a reason without a keyword."""
+
     def supports(self, problem):
         return "because"

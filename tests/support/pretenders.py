@@ -1,4 +1,4 @@
-"""Backends that declare more than they do, each flag in its own way, on top of a correct one."""
+"""Backends that declare support for flags that they ignore, apply twice or crash on, based on a correct one."""
 
 import os
 from dataclasses import replace
@@ -11,7 +11,7 @@ class Honest(Emulated):
         return "bias: none here" if problem.bias else None
 
     def declares(self, problem):
-        return None  # whatever it is asked
+        return None  # for every problem
 
 
 class Pretender(Emulated):

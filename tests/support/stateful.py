@@ -1,4 +1,4 @@
-"""Backends that are right for a first call and wrong in some later one: what only a sequence of calls can tell."""
+"""Backends that are right in a first call and wrong in a later one, as only a sequence of calls shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _copy(layer: Layer) -> Layer:
 
 
 class Stale(Emulated):
-    """Keeps a copy of the weights of the first call, and looks only at the tensor object of w13."""
+    """Copies the weights in the first call, and copies them again only if w13 is another tensor object."""
 
     def __init__(self):
         super().__init__("stale")
@@ -30,7 +30,7 @@ class Stale(Emulated):
 
 
 class SharedByShape(Emulated):
-    """Two layers of one shape share what was built for the one that was prepared last."""
+    """Two layers of one shape share the weights of the layer that was prepared last."""
 
     def __init__(self):
         super().__init__("shared-by-shape")
@@ -43,7 +43,7 @@ class SharedByShape(Emulated):
 
 
 class LeftOver(Emulated):
-    """A buffer that is not cleared where a batch is shorter than the one before: its sums are added to."""
+    """A buffer that is not cleared when a batch is shorter than the one before: old sums are added to the output."""
 
     def __init__(self):
         super().__init__("left-over")
@@ -62,7 +62,7 @@ class LeftOver(Emulated):
 
 
 class WidthOfFirst(Emulated):
-    """The dtype of the ids is looked at once."""
+    """Reads the dtype of the ids in the first call, and takes later ids to be of that dtype."""
 
     def __init__(self):
         super().__init__("width-of-first")
@@ -81,7 +81,7 @@ class WidthOfFirst(Emulated):
 
 
 class AfterAnError(Emulated):
-    """Takes a batch apart before it looks at it: after an error the next call gets the old ids."""
+    """Processes the ids before it checks them: after an error the next call computes with the old ids."""
 
     promises = {"errors"}
 
@@ -107,7 +107,7 @@ class AfterAnError(Emulated):
 
 
 class NeverForgets(Emulated):
-    """A sum that is updated and not computed: one NaN, and it is NaN for ever."""
+    """Updates a sum in place instead of computing it: after one NaN all later outputs are NaN."""
 
     def __init__(self):
         super().__init__("never-forgets")
@@ -123,7 +123,7 @@ class NeverForgets(Emulated):
 
 
 class Transposes(Emulated):
-    """Converts the layer's tensors where they are, once more at every prepare()."""
+    """Converts the layer's tensors in place, again at every prepare()."""
 
     def __init__(self):
         super().__init__("transposes")
@@ -137,7 +137,7 @@ class Transposes(Emulated):
 
 
 class OldConfiguration(Emulated):
-    """The activation of the first call stays."""
+    """Keeps the activation of the first call."""
 
     def __init__(self):
         super().__init__("old-configuration")

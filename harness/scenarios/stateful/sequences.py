@@ -23,7 +23,7 @@ from harness.problem.case import ROUTINGS, DescriptorError
 from harness.scenarios import bad_input
 from harness.scenarios.registry import scenario
 from harness.scenarios.stateful.state import PARTS, SAME_SHAPES, State
-from harness.scenarios.stateful.steps import Activate, Call, Configure, Fault, NaN, Part, Poison, Prepare, Swap
+from harness.scenarios.stateful.steps import Activate, BadArgument, Call, Configure, NaN, Part, Poison, Prepare, Swap
 from harness.session.session import Session
 
 EXAMPLES, STEPS, SHRINKS = 5, 20, 150  #: sequences a case, steps a sequence at most, sequences to shrink a failure
@@ -41,7 +41,7 @@ class Crashed(Exception):
 
 # -- the steps to pick from -------------------------------------------------------------------------------------------
 #: Each is picked as often as it is listed; a failing sequence shrinks towards the first.
-KINDS = (Call, Call, Call, Swap, Swap, Part, Configure, Activate, Prepare, NaN, Fault, Poison)
+KINDS = (Call, Call, Call, Swap, Swap, Part, Configure, Activate, Prepare, NaN, BadArgument, Poison)
 
 
 def options(s: Session) -> dict[str, list[Any]]:
@@ -91,7 +91,7 @@ def _faults(inputs: Inputs) -> Iterator[str]:
     harmless |= {"weight_on_input_top_k"} if problem.top_k == 1 else set()
     for name, fault in bad_input.FAULTS.items():
         x = inputs.hidden_states
-        bad = bad_input.Call(
+        bad = bad_input.BadCall(
             x, inputs.topk_weights, inputs.topk_ids, torch.empty_like(x), replace(inputs.backend_layer)
         )
         try:

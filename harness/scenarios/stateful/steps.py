@@ -179,7 +179,7 @@ class NaN:
 
 
 @dataclass(frozen=True)
-class Fault:
+class BadArgument:
     """A call with a bad argument, and a good one."""
 
     layer: int
