@@ -61,8 +61,8 @@ class RoundingPlan:
     accumulator: Accumulator = Accumulator()
 
     def __str__(self) -> str:
-        said = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return " ".join(said) or "float32 throughout"
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join(changed) or "float32 throughout"
 
 
 def parse_plan(declared: Mapping[str, Any] | RoundingPlan) -> RoundingPlan:

@@ -1,11 +1,13 @@
 """The oracle's output and, per element, the variance of a correct kernel's difference from it.
 
-Every rounding of the backend's plan is an independent error, propagated to the output to second moments. Two modes:
+Every rounding of the backend's plan is an independent error, propagated to the output to second moments, stage by stage
+(`STAGES`). The oracle treats the roundings of computed values in one of two ways:
 
-U  the oracle leaves computed values unrounded, and every declared rounding of step s adds s^2/12. One-sided: a kernel
-   finer than its plan passes. Gates bf16, fp16, fp32 and weight-only fp8.
-F  the oracle repeats the declared roundings; what is left are flips, where a value near a tie rounds the other way.
-   Tight enough to see through fp8, but a wrong plan accuses correct kernels. Gates quantized activations.
+unrounded          Each declared rounding of step s adds s^2/12. One-sided: a kernel finer than its plan passes. For
+                   bf16, fp16, fp32 and weight-only fp8.
+repeats_roundings  The oracle repeats the declared roundings. Flips remain: a value near a tie rounds the other way.
+                   Tight enough to see errors below the step of fp8, but a wrong plan accuses correct kernels. For
+                   quantized activations.
 
 Formulas (u = 2^-24, mean square of one float32 rounding error u^2/6 of the value's square):
 a sum of n products: u^2/6 (n/2 sum of squares + n/3 value^2), the second-moment form of the probabilistic bound of
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +29,9 @@ from harness.inputs.draw import Inputs
 from harness.oracle.experts import oracle_experts
 from reference.activation import combine_gate_up, is_gated, split_gate_up
 from reference.formats import decode, fmt, ulp
-from reference.moe import Experts, Rounding, Stages, activated_gate, forward, up_factor
+from reference.moe import Experts, Rounding, Values, activated_gate, forward, up_factor
 from reference.plan import Accumulator, RoundingPlan
+from reference.quant import code_step, near_tie, saturates
 
 U32 = 2.0**-24
 EPS_ACT = 2.0**-22  #: relative error of a device's exp, erf or tanh
@@ -39,14 +43,14 @@ class Expected:
     """The oracle's answer for one call under one plan."""
 
     plan: RoundingPlan
-    mode: str  #: "U" or "F"
+    repeats_roundings: bool  #: whether `out` repeats the plan's roundings of computed values
     out: Tensor  #: [T, K] float64, the final store not rounded
     variance: Tensor  #: [T, K]
-    smooth: Tensor  #: [T, K] the variance without flips (mode F; mode U: the same as `variance`)
-    jump: Tensor  #: [T, K] the largest change that one flip makes (mode F; mode U: zero)
-    flips: Tensor  #: [T] predicted number of flips that touch the row (mode F)
-    either: Tensor  #: [T, K] deviation from input codes so near a tie that either choice is right
-    topk_experts: Tensor  #: [P] and [P]: which token met which local expert
+    variance_without_flips: Tensor  #: [T, K] the same as `variance` if roundings are not repeated
+    max_flip: Tensor  #: [T, K] the largest change by one flip; zero if roundings are not repeated
+    flips: Tensor  #: [T] predicted number of flips that touch the row; zero if roundings are not repeated
+    tie_sigma: Tensor  #: [T, K] deviation from input codes so near a tie that either choice is right
+    topk_experts: Tensor  #: [P] and [P]: the local expert and the token of every valid pair
     topk_tokens: Tensor
     rne_accumulator: bool
 
@@ -55,53 +59,70 @@ class Expected:
 class Spread:
     """Second moments of an error, value by value."""
 
-    total: Tensor
-    smooth: Tensor
-    flips: Tensor  #: per row
-    step: Tensor  #: the largest single jump
+    variance: Tensor
+    variance_without_flips: Tensor
+    flips: Tensor  #: per row, the predicted number of flips
+    max_flip: Tensor  #: the largest change by one flip
+    ties: Tensor | None = None  #: variance from input codes near a tie; None if there is none
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Spread:
-        return Spread(change(self.total), change(self.smooth), self.flips, self.step)
+        """Change every variance."""
+        ties = None if self.ties is None else change(self.ties)
+        return Spread(change(self.variance), change(self.variance_without_flips), self.flips, self.max_flip, ties)
 
     def plus(self, variance: Tensor) -> Spread:
-        return self.map(lambda v: v + variance)
+        """Add an independent error."""
+        return replace(
+            self,
+            variance=self.variance + variance,
+            variance_without_flips=self.variance_without_flips + variance,
+        )
 
     def times(self, factor: Tensor) -> Spread:
-        scaled = self.map(lambda v: v * factor**2)
-        return replace(scaled, step=self.step * factor.abs())
+        """Multiply the values by a factor."""
+        return replace(self.map(lambda v: v * factor**2), max_flip=self.max_flip * factor.abs())
 
-    def store(self, value: Tensor, step: Tensor, repeat: bool) -> Spread:
-        """After a rounding of this step to storage: step^2/12 in mode U, the mean over flips in mode F."""
+    def stored(self, value: Tensor, where: str, rounding: Rounding) -> Spread:
+        """Store the values in the format of the plan: a rounding if that is "io"."""
+        if where != "io":
+            return self
+        return self.rounded(value, _ulp(value, rounding.io, self.variance), rounding.repeat)
+
+    def rounded(self, value: Tensor, step: Tensor, repeat: bool) -> Spread:
+        """Round the values to this step: it adds step^2/12, or the mean over flips if the oracle repeats it."""
         step = torch.where(torch.isfinite(value), step, 0.0)
         if not repeat:
             return self.plus(step**2 / 12)
         positive = step > 0
         probability = torch.where(
-            positive, (0.798 * self.total.sqrt() / torch.where(positive, step, 1.0)).clamp(max=1 / 6), 0.0
+            positive, (0.798 * self.variance.sqrt() / torch.where(positive, step, 1.0)).clamp(max=1 / 6), 0.0
         )
-        return Spread(
-            self.total + step**2 * probability,
-            self.smooth,
-            self.flips + torch.nan_to_num(probability).sum(1),
-            torch.maximum(self.step, torch.where(probability > 0, step, 0.0)),
-        )
-
-    def tossed(self, step: Tensor, where: Tensor) -> Spread:
-        """After a rounding that goes either way at these places: by a step, every other time."""
-        jump = torch.where(where, step, 0.0)
-        return Spread(
-            self.total + jump**2 / 2, self.smooth, self.flips + where.sum(1) / 2, torch.maximum(self.step, jump)
+        return replace(
+            self,
+            variance=self.variance + step**2 * probability,
+            flips=self.flips + torch.nan_to_num(probability).sum(1),
+            max_flip=torch.maximum(self.max_flip, torch.where(probability > 0, step, 0.0)),
         )
 
+    def round_either_way(self, step: Tensor, where: Tensor) -> Spread:
+        """Round either way at these places: a difference of a step, every other time."""
+        flip = torch.where(where, step, 0.0)
+        return replace(
+            self,
+            variance=self.variance + flip**2 / 2,
+            flips=self.flips + where.sum(1) / 2,
+            max_flip=torch.maximum(self.max_flip, flip),
+        )
 
-def _ulp(value: Tensor, form: str, spread: Tensor | None = None) -> Tensor:
-    """The step at |value|, or at |value| + sigma where the value may be smaller than its own error."""
-    magnitude = value.abs() if spread is None else value.abs() + spread.sqrt()
+
+def _ulp(value: Tensor, form: str, variance: Tensor | None = None) -> Tensor:
+    """Return the step at |value|, or at |value| + sigma, since the value may be smaller than its own error."""
+    magnitude = value.abs() if variance is None else value.abs() + variance.sqrt()
     return ulp(torch.nan_to_num(magnitude, posinf=fmt(form).max).clamp(max=fmt(form).max), form)
 
 
 def summation(n: int, squares: Tensor, value: Tensor, accumulator: Accumulator) -> Tensor:
-    """Variance of a sum of n products whose squares sum to `squares`."""
+    """Return the variance of a sum of n products whose squares sum to `squares`."""
     variance = FLOAT32_OP * (n / 2 * squares + n / 3 * value**2)
     if accumulator.bits is not None:
         promote = accumulator.promote or n
@@ -113,161 +134,204 @@ def summation(n: int, squares: Tensor, value: Tensor, accumulator: Accumulator) 
 
 
 def expect(inputs: Inputs, plan: RoundingPlan, device: torch.device | None = None) -> Expected:
-    """The expected output of one call for a backend that follows `plan`; computed on `device` (default: the CPU)."""
-    problem = inputs.case.problem
+    """Return the expected output of one call for a backend that follows `plan`.
+
+    Computed on `device` (default: the CPU).
+    """
     experts = oracle_experts(inputs.layer, device)
     place = device or torch.device("cpu")
     x = decode(inputs.hidden_states.to(place))
     weights = inputs.topk_weights.to(place, torch.float64)
-    quantized = bool(experts.activation_quant) and plan.quantizes_activations
-    rounding = Rounding(plan, problem.dtype, repeat=quantized)
-    stages = forward(x, weights, inputs.topk_ids.to(place), experts, rounding)
-    return propagate(stages, experts, rounding, problem.top_k + problem.shared_experts)
+    rounding = Rounding(plan, inputs.case.problem.dtype, repeat=experts.quantized_by(plan) is not None)
+    return propagate(forward(x, weights, inputs.topk_ids.to(place), experts, rounding), experts, rounding)
 
 
-def propagate(stages: Stages, experts: Experts, rounding: Rounding, slots: int) -> Expected:
-    """The deviation of every output, from the stages that `forward` went through."""
-    plan, io, repeat = rounding.plan, rounding.io, rounding.repeat
-    quantized = stages.x_ratio is not None
-    rows = stages.rows_by_expert()
-
-    def through(weights, *spreads: Tensor, power: int = 2) -> list[Tensor]:
-        """Each spread [P, n] times the weights to this power. Decoding a large layer costs: once for all of them."""
-        width = weights[0].shape[0]
-        out = [spread.new_zeros(len(spread), width) for spread in spreads]
-        for e, mine in rows:
-            factor = (weights[e].abs() ** power).T
-            for result, spread in zip(out, spreads):
-                result[mine] = spread[mine] @ factor
-        return out
-
-    # GEMM 1, its scales, bias and weight on input
-    hidden = stages.x.shape[1]
-    (squares,) = through(experts.w13, stages.x[stages.row] ** 2)
-    v = summation(hidden, squares, stages.h, plan.accumulator)
-    extra_ops = 4 * quantized + (experts.w13_bias is not None) + experts.router_weight_on_input
-    v = v + FLOAT32_OP * extra_ops * stages.h**2
-    spread = Spread(v, v, v.new_zeros(len(v)), torch.zeros_like(v))
-    either = _input_ties(stages, through, experts) if quantized else None
-    if plan.gate_up == "io":
-        spread = spread.store(stages.h, _ulp(stages.h, io, spread.total), repeat)
-    spread, either = _activation(stages, experts, rounding, spread, either)
-    if plan.act == "io":
-        spread = spread.store(stages.a, _ulp(stages.a, io, spread.total), repeat)
-    if quantized:
-        assert stages.a_ratio is not None and stages.a_scale is not None
-        spread = spread.plus(4 * FLOAT32_OP * stages.a**2)
-        step = _ulp(stages.a_ratio.abs().clamp(max=447.9), "e4m3") * stages.a_scale
-        # Beyond 464 both sides saturate and nothing differs.
-        step = torch.where(stages.a_ratio.abs() > 464, 0.0, step)
-        spread = spread.store(stages.a, step, repeat)
-        if repeat:
-            spread = spread.tossed(step, _near_tie(stages.a_ratio))
-
-    if plan.tf32:  # the oracle cuts its own `a`: where another cuts a neighbour of it, they are a step apart
-        spread = spread.store(stages.a, _ulp(stages.a, "tf32"), repeat=False)
-
-    # GEMM 2, the router weight, the slot's store
-    inter = stages.operand.shape[1]
-    ties = [either] if either is not None else []
-    smooth = [spread.smooth] if repeat else []  # in mode U nothing flips: it is the total
-    squares, total, *more = through(experts.w2, stages.operand**2, spread.total, *ties, *smooth)
-    either = more[0] if ties else None
-    noise = summation(inter, squares, stages.y, plan.accumulator)
-    noise = noise + FLOAT32_OP * (4 * quantized + 1 + (experts.w2_bias is not None)) * stages.y**2
-    jump = through(experts.w2, spread.step**8, power=8)[0] ** 0.125 if repeat else torch.zeros_like(stages.y)
-    spread = Spread(total, more[-1] if repeat else total, spread.flips, jump).plus(noise)
-    weight = stages.weight[:, None]
-    slot = stages.y
-    if plan.weight == "before_store":
-        slot, spread = slot * weight, spread.times(weight)
-        if plan.slot == "io":
-            spread = spread.store(slot, _ulp(slot, io, spread.total), repeat)
-    else:
-        if plan.slot == "io":
-            spread = spread.store(slot, _ulp(slot, io, spread.total), repeat)
-        slot, spread = slot * weight, spread.times(weight)
-        if plan.weight == "rounded":
-            spread = spread.store(slot, _ulp(slot, io, spread.total), repeat)
-
-    # Slots of one token with the same expert make the same errors: they add up as deviations, not as variances.
-    repeated = _share_of_repeats(stages)[:, None]
-    spread = replace(spread.map(lambda v: v * repeated), step=spread.step * repeated)
-
-    # The sum over top_k, and the final store, which the oracle never rounds
-    def by_token(value: Tensor) -> Tensor:
-        return torch.zeros_like(stages.out).index_add_(0, stages.token, value)
-
-    power = by_token(slot**2)
-    variance, undisturbed = by_token(spread.total), by_token(spread.smooth)
-    final = FLOAT32_OP * slots * power
-    largest = torch.maximum(stages.out.abs(), power.sqrt())
-    if plan.combine == "io":
-        final = final + slots * _ulp(largest, io) ** 2 / 12
-    final = final + _ulp(stages.out, io, variance + final) ** 2 / 12
-    jump = torch.zeros_like(stages.out).scatter_reduce_(
-        0, stages.token[:, None].expand_as(slot), spread.step, "amax", include_self=True
-    )
-    flips = stages.out.new_zeros(len(stages.out)).index_add_(0, stages.token, spread.flips)
-    apart = by_token(either * weight**2 * repeated).sqrt() if either is not None else torch.zeros_like(stages.out)
+def propagate(values: Values, experts: Experts, rounding: Rounding) -> Expected:
+    """Return the output of `forward` with its deviation."""
+    zero = values.out.new_zeros(())
+    spread = Spread(zero, zero, zero, zero)
+    for stage in STAGES:
+        spread = stage(values, experts, rounding, spread)
+    tie_sigma = torch.zeros_like(values.out) if spread.ties is None else spread.ties.sqrt()
     return Expected(
-        plan, "F" if repeat else "U", stages.out, variance + final, undisturbed + final, jump, flips, apart,
-        stages.expert, stages.token, plan.accumulator.bits is None,
+        rounding.plan, rounding.repeat, values.out, spread.variance, spread.variance_without_flips, spread.max_flip,
+        spread.flips, tie_sigma, values.expert, values.token, rounding.plan.accumulator.bits is None,
     )  # fmt: skip
 
 
-def _activation(
-    stages: Stages, experts: Experts, rounding: Rounding, spread: Spread, either: Tensor | None
-) -> tuple[Spread, Tensor | None]:
-    """The error of a = activation(h), by its derivatives; and the same for the deviation of ties."""
-    if not is_gated(experts.activation):
+# -- the stages of reference/moe.py: each returns the error of its output from that of its input ----------------------
+def quantize_input(values: Values, experts: Experts, rounding: Rounding, spread: Spread) -> Spread:
+    """Set ties: the variance of x [R, K] from codes that the division of amax, a reciprocal or a division may tip.
 
-        def alone(h: Tensor) -> Tensor:
-            return combine_gate_up(h, None, experts.activation)
+    Their distance to the tie is known, so this is no average: within 4 u of it either code is right (+- half a step),
+    elsewhere neither rounding may differ.
+    """
+    scheme, ratio, scale = experts.quantized_by(rounding.plan), values.x_ratio, values.x_scale
+    if scheme is None or ratio is None or scale is None:
+        return spread
+    near = near_tie(ratio, scheme)
+    if not near.any():
+        return spread
+    step = code_step(ratio, scheme) * scale
+    return replace(spread, ties=torch.where(near, step**2, 0.0))
 
-        out = spread.times(_slope(alone, stages.h, spread.total)).plus((EPS_ACT**2 + 4 * FLOAT32_OP) * stages.a**2)
-        return out, None if either is None else either * _slope(alone, stages.h, either) ** 2
-    g, u = split_gate_up(stages.h, experts.activation)
 
-    def parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = split_gate_up(tensor, experts.activation)
-        assert second is not None
-        return first, second
+def gemm_1(values: Values, experts: Experts, rounding: Rounding, spread: Spread) -> Spread:
+    """Add the errors of GEMM 1, its scales, its bias and the router weight on input; x has no error but for ties."""
+    plan, h = rounding.plan, values.h
+    ties = [] if spread.ties is None else [spread.ties[values.row]]
+    squares, *ties = _through(values, experts.w13, values.x[values.row] ** 2, *ties)
+    quantized = experts.quantized_by(plan) is not None
+    operations = 4 * quantized + (experts.w13_bias is not None) + experts.router_weight_on_input
+    v = summation(values.x.shape[1], squares, h, plan.accumulator)
+    v = v + FLOAT32_OP * operations * h**2
+    return Spread(v, v, v.new_zeros(len(v)), torch.zeros_like(v), *ties).stored(h, plan.gate_up, rounding)
+
+
+def activate(values: Values, experts: Experts, rounding: Rounding, spread: Spread) -> Spread:
+    """Pass the error through a = activation(h) by its slopes; `ties` by the slopes over its own deviation."""
+    spread = (_gated if is_gated(experts.activation) else _ungated)(values, experts, rounding, spread)
+    return spread.stored(values.a, rounding.plan.act, rounding)
+
+
+def quantize_activation(values: Values, experts: Experts, rounding: Rounding, spread: Spread) -> Spread:
+    """Add the roundings to codes and to tf32."""
+    scheme, ratio, scale = experts.quantized_by(rounding.plan), values.a_ratio, values.a_scale
+    if scheme is not None and ratio is not None and scale is not None:
+        spread = spread.plus(4 * FLOAT32_OP * values.a**2)
+        # Where both sides saturate nothing differs.
+        step = torch.where(saturates(ratio, scheme), 0.0, code_step(ratio, scheme) * scale)
+        spread = spread.rounded(values.a, step, rounding.repeat)
+        if rounding.repeat:
+            spread = spread.round_either_way(step, near_tie(ratio, scheme))
+    if rounding.plan.tf32:  # the oracle cuts its own `a`; a kernel that cuts a neighbour of it differs by a step
+        spread = spread.rounded(values.a, _ulp(values.a, "tf32"), repeat=False)
+    return spread
+
+
+def gemm_2(values: Values, experts: Experts, rounding: Rounding, spread: Spread) -> Spread:
+    """Pass the error through w2; add the errors of GEMM 2, its scales, its bias and the router weight."""
+    plan, y, repeat = rounding.plan, values.y, rounding.repeat
+    ties = [] if spread.ties is None else [spread.ties]
+    without_flips = [spread.variance_without_flips] if repeat else []  # otherwise nothing flips: it is the variance
+    squares, variance, *more = _through(values, experts.w2, values.operand**2, spread.variance, *without_flips, *ties)
+    noise = summation(values.operand.shape[1], squares, y, plan.accumulator)
+    noise = (
+        noise + FLOAT32_OP * (4 * (experts.quantized_by(plan) is not None) + 1 + (experts.w2_bias is not None)) * y**2
+    )
+    max_flip = torch.zeros_like(y)
+    if repeat:
+        max_flip = _through(values, experts.w2, spread.max_flip**8, power=8)[0] ** 0.125
+    without, *ties = more if repeat else [variance, *more]
+    return Spread(variance, without, spread.flips, max_flip, *ties).plus(noise)
+
+
+def weigh(values: Values, experts: Experts, rounding: Rounding, spread: Spread) -> Spread:
+    """Multiply by the router weight; add the roundings of the slots."""
+    plan, weight = rounding.plan, values.weight[:, None]
+    if plan.weight == "before_store":
+        return spread.times(weight).stored(values.y * weight, plan.slot, rounding)
+    spread = spread.stored(values.y, plan.slot, rounding).times(weight)
+    return spread.stored(values.y * weight, "io", rounding) if plan.weight == "rounded" else spread
+
+
+def combine(values: Values, experts: Experts, rounding: Rounding, spread: Spread) -> Spread:
+    """Sum over the slots of a token, [P, K] -> [T, K]; add the errors of the sum and of the final store."""
+    out, token, io = values.out, values.token, rounding.io
+    # Slots of one token with the same expert make the same errors: they add up as deviations, not as variances.
+    repeats = _share_of_repeats(values)[:, None]
+    max_flip = spread.max_flip * repeats
+
+    def by_token(value: Tensor) -> Tensor:
+        return torch.zeros_like(out).index_add_(0, token, value)
+
+    power = by_token((values.y * values.weight[:, None]) ** 2)
+    flips = out.new_zeros(len(out)).index_add_(0, token, spread.flips)
+    max_flip = torch.zeros_like(out).scatter_reduce_(
+        0, token[:, None].expand_as(max_flip), max_flip, "amax", include_self=True
+    )
+    spread = replace(spread.map(lambda v: by_token(v * repeats)), flips=flips, max_flip=max_flip)
+    slots = values.topk_ids.shape[1] + experts.shared
+    final = FLOAT32_OP * slots * power
+    if rounding.plan.combine == "io":
+        final = final + slots * _ulp(torch.maximum(out.abs(), power.sqrt()), io) ** 2 / 12
+    # The oracle never rounds the final store.
+    return spread.plus(final + _ulp(out, io, spread.variance + final) ** 2 / 12)
+
+
+#: The error of every stage of reference.moe.PIPELINE, in its order. `assign` makes none.
+STAGES = (quantize_input, gemm_1, activate, quantize_activation, gemm_2, weigh, combine)
+
+
+def _through(values: Values, weights: Any, *variances: Tensor, power: int = 2) -> list[Tensor]:
+    """Return each variance [P, n] times the weights of its expert to this power: [P, N].
+
+    To decode a large layer takes long: one call for all of them.
+    """
+    out = [v.new_zeros(len(v), weights.shape[1]) for v in variances]
+    for e, mine in values.groups:
+        factor = (weights[e].abs() ** power).T
+        for result, v in zip(out, variances):
+            result[mine] = v[mine] @ factor
+    return out
+
+
+def _ungated(values: Values, experts: Experts, rounding: Rounding, spread: Spread) -> Spread:
+    def function(h: Tensor) -> Tensor:
+        return combine_gate_up(h, None, experts.activation)
+
+    ties = spread.ties
+    if ties is not None:
+        ties = ties * _slope(function, values.h, ties) ** 2
+    spread = spread.times(_slope(function, values.h, spread.variance))
+    return replace(spread.plus((EPS_ACT**2 + 4 * FLOAT32_OP) * values.a**2), ties=ties)
+
+
+def _gated(values: Values, experts: Experts, rounding: Rounding, spread: Spread) -> Spread:
+    def halves(tensor: Tensor) -> tuple[Tensor, Tensor]:
+        of_gate, of_up = split_gate_up(tensor, experts.activation)
+        assert of_up is not None
+        return of_gate, of_up
+
+    g, u = halves(values.h)
+    act, factor = activated_gate(g, experts), up_factor(u, experts)
 
     def slopes(variance: Tensor) -> tuple[Tensor, Tensor]:
-        of_g, of_u = parts(variance)
+        of_g, of_u = halves(variance)
         return _slope(lambda t: activated_gate(t, experts), g, of_g), _slope(lambda t: up_factor(t, experts), u, of_u)
 
-    act, factor = activated_gate(g, experts), up_factor(u, experts)
-    totals, smooths, steps = parts(spread.total), parts(spread.smooth), parts(spread.step)
-    slope_g, slope_u = slopes(spread.total)
-    gate = Spread(totals[0], smooths[0], spread.flips, steps[0]).times(slope_g)
-    gate = gate.plus((EPS_ACT**2 + 4 * FLOAT32_OP) * act**2)
+    parts = [halves(t) for t in (spread.variance, spread.variance_without_flips, spread.max_flip)]
+    (gate, up) = (Spread(v, without, spread.flips, flip) for v, without, flip in zip(*parts))
+    slope_g, slope_u = slopes(spread.variance)
+    gate = gate.times(slope_g).plus((EPS_ACT**2 + 4 * FLOAT32_OP) * act**2)
     if rounding.plan.act_chain:
-        gate = gate.store(act, _ulp(act, rounding.io, gate.total), rounding.repeat)
-    scaled, up = gate.times(factor), Spread(totals[1], smooths[1], spread.flips, steps[1]).times(slope_u * act)
-    own = FLOAT32_OP * stages.a**2
-    out = Spread(
-        scaled.total + up.total + own, scaled.smooth + up.smooth + own, gate.flips, torch.maximum(scaled.step, up.step)
-    )  # fmt: skip
-    if either is not None:
-        first, second = parts(either)
-        slope_g, slope_u = slopes(either)
-        either = first * (slope_g * factor) ** 2 + second * (slope_u * act) ** 2
-    return out, either
+        gate = gate.stored(act, "io", rounding)
+    gate, up = gate.times(factor), up.times(slope_u * act)
+    ties = spread.ties
+    if ties is not None:
+        slope_g, slope_u = slopes(ties)
+        of_g, of_u = halves(ties)
+        ties = of_g * (slope_g * factor) ** 2 + of_u * (slope_u * act) ** 2
+    return Spread(
+        gate.variance + up.variance, gate.variance_without_flips + up.variance_without_flips, gate.flips,
+        torch.maximum(gate.max_flip, up.max_flip), ties,
+    ).plus(FLOAT32_OP * values.a**2)  # fmt: skip
 
 
-def _share_of_repeats(stages: Stages) -> Tensor:
-    """[P] (sum of the weights of all pairs of this token and expert) / (this pair's weight): 1 without repeats."""
-    pair = stages.token * (int(stages.expert.max()) + 1 if len(stages.expert) else 1) + stages.expert
+def _share_of_repeats(values: Values) -> Tensor:
+    """Return (sum of the weights of all pairs of this token and expert) / (the pair's own): [P], 1 without repeats."""
+    token, expert, weight = values.token, values.expert, values.weight
+    pair = token * (int(expert.max()) + 1 if len(expert) else 1) + expert
     _, group = pair.unique(return_inverse=True)
-    total = stages.weight.new_zeros(len(pair)).index_add_(0, group, stages.weight.abs())[group]
-    return torch.where(stages.weight != 0, total / stages.weight.abs().clamp(min=1e-300), 1.0)
+    total = weight.new_zeros(len(pair)).index_add_(0, group, weight.abs())[group]
+    return torch.where(weight != 0, total / weight.abs().clamp(min=1e-300), 1.0)
 
 
 def _slope(function: Callable[[Tensor], Tensor], at: Tensor, variance: Tensor) -> Tensor:
-    """|derivative|, or the steepest secant to two deviations away: a sum near a clamp, or whose deviation is larger
-    than the bend of the activation, may end where the derivative does not tell."""
+    """Return |derivative|, or the steepest secant to two deviations away.
+
+    Near a clamp, or where the deviation is larger than the bend of the activation, the derivative alone is too small.
+    """
     with torch.enable_grad():
         at = at.detach().clone().requires_grad_(True)
         value = function(at)
@@ -277,27 +341,3 @@ def _slope(function: Callable[[Tensor], Tensor], at: Tensor, variance: Tensor) -
         secant = (function(side) - value).abs() / reach
         slope = torch.where(reach > 0, torch.fmax(slope, secant), slope)
     return slope
-
-
-def _input_ties(stages: Stages, through: Callable[..., list[Tensor]], experts: Experts) -> Tensor | None:
-    """Variance in h from input codes so near a tie that amax/448, a reciprocal or a division may tip them.
-
-    Their distance to the tie is known, so this is no average: within 4 u of it either code is right (+- half a step),
-    elsewhere neither rounding may differ.
-    """
-    ratio, scale = stages.x_ratio, stages.x_scale
-    assert ratio is not None and scale is not None
-    near = _near_tie(ratio)
-    if not near.any():
-        return None
-    variance = torch.where(near, (_ulp(ratio.abs().clamp(max=447.9), "e4m3") * scale) ** 2, 0.0)
-    return through(experts.w13, variance[stages.row])[0]
-
-
-def _near_tie(ratio: Tensor) -> Tensor:
-    """Where amax/448, a reciprocal or a division may tip the code."""
-    inside = ratio.abs().clamp(max=447.9)
-    step = _ulp(inside, "e4m3")
-    position = inside / step
-    near = (position - position.floor() - 0.5).abs() * step <= 8 * U32 * inside
-    return near & (ratio.abs() < 464) & torch.isfinite(ratio)
