@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from reference.formats import decode, encode, require_float64, round_to, ulp
-from reference.scheme import ACTIVATION_GRANULARITIES, WEIGHT_GRANULARITIES, Granularity, Scheme, activation_scheme
+from reference.scheme import Granularity, Scheme
 
 #: Unit roundoff of float32: kernels divide by scales, or multiply by their reciprocals, in float32.
 U32 = 2.0**-24
@@ -32,7 +32,6 @@ def expand_scale(scale: Tensor, granularity: Granularity, shape: Sequence[int]) 
 
     Keeps the dtype. ValueError if the scale has another shape.
     """
-    granularity = _by_name(granularity)
     expected = granularity.scale_shape(shape)
     if tuple(scale.shape) != expected:
         raise ValueError(
@@ -98,8 +97,6 @@ def dequantize_weight(codes: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
 
     Exact, because the product of an 8-bit and a 24-bit number fits a float64.
     """
-    if isinstance(scheme, str):
-        return decode(codes) * expand_scale(scale.to(torch.float64), scheme, codes.shape)
     return decode(codes, scheme.codes) * expand_scale(scale.to(torch.float64), scheme.granularity, codes.shape)
 
 
@@ -122,7 +119,6 @@ def quantize_activation(
     codes * scale. An infinite x makes a dynamic scale infinite: codes 0, NaN where x was infinite, and NaN for
     all of them after dequantization.
     """
-    scheme = activation_scheme(scheme) if isinstance(scheme, str) else scheme
     require_float64(x, "x")
     granularity = scheme.granularity
     if static_scale is None:
@@ -161,10 +157,3 @@ def near_tie(ratio: Tensor, scheme: Scheme) -> Tensor:
     position = inside / step
     near = (position - position.floor() - 0.5).abs() * step <= 8 * U32 * inside
     return near & (ratio.abs() < scheme.codes.saturates_from) & torch.isfinite(ratio)
-
-
-BLOCK = 128
-
-
-def _by_name(g):
-    return {**WEIGHT_GRANULARITIES, **ACTIVATION_GRANULARITIES}[g] if isinstance(g, str) else g

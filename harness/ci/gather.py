@@ -206,6 +206,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of `python3 -m harness.ci.gather`."""
     parser = argparse.ArgumentParser("python3 -m harness.ci.gather", description="The results of many jobs, gathered.")
     add_arguments(parser)
     return parser

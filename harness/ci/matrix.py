@@ -259,6 +259,7 @@ def plain(args: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of `python3 -m harness.ci.matrix`."""
     parser = argparse.ArgumentParser("python3 -m harness.ci.matrix", description="The commands without installation.")
     add_arguments(parser)
     return parser

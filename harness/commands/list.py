@@ -19,6 +19,7 @@ from harness.problem.words import glossary
 
 
 def register(add: Callable[..., Any]) -> None:
+    """Declare the command's arguments."""
     sub = add(show, "list", "The cases, by family.")
     sub.add_argument("--family", help="only this family")
     sub.add_argument("--device", choices=DEVICES, default="cpu", help="the cases of this device (cpu)")

@@ -34,7 +34,7 @@ DrawLayer = Callable[[Problem, str, int, torch.device], tuple[Layer, Layer]]  #:
 
 @dataclass
 class Inputs:
-    """One call's tensors. `layer` is in layout "nk"; `handed` is the same layer as the backend gets it."""
+    """One call's tensors. `layer` is in layout "nk"; `backend_layer` is the same layer in the backend's layout."""
 
     case: Case
     hidden_states: Tensor  #: [T, K]
@@ -55,7 +55,7 @@ class Inputs:
 def draw(case: Case, device: torch.device = CPU, layers: DrawLayer | None = None) -> Inputs:
     """The case's tensors. layers: `draw_layer`, or a cache of it, whose layers several calls share."""
     problem = case.problem
-    layer, handed = (layers or draw_layer)(problem.weights_key(), case.fill, case.seed, device)
+    layer, backend_layer = (layers or draw_layer)(problem.weights_key(), case.fill, case.seed, device)
     rng = generator(case, "call", device)
     topk_ids = _topk_ids(problem, rng).to(torch.int64 if problem.ids == 64 else torch.int32).contiguous()
     if case.fill == "exact":
@@ -71,18 +71,19 @@ def draw(case: Case, device: torch.device = CPU, layers: DrawLayer | None = None
         x = padded_rows(x)
     return Inputs(
         case, fence.keep(x), fence.keep(topk_weights), fence.keep(topk_ids), replace(layer, problem=problem),
-        replace(handed, problem=problem),
+        replace(backend_layer, problem=problem),
     )  # fmt: skip
 
 
 def generator(case: Case, purpose: str, device: torch.device = CPU) -> torch.Generator:
+    """Return a generator seeded by the case, without its scenario, and by the purpose of the numbers."""
     seed = zlib.crc32(f"{replace(case, scenario='once')}/{purpose}".encode())
     return torch.Generator(device=device).manual_seed(seed)
 
 
 def _extreme_rows(problem: Problem, x: Tensor) -> Tensor:
-    """Rows at the edges of the format, in turn: as drawn, NaN in the first column (which whoever reads past the end of
-    the row before meets), large, zero, tiny, one outlier, a common sign, NaN in the last column."""
+    """Change rows, in turn: none, NaN in the first column (a read past the end of the previous row gets it), large,
+    zero, tiny, one outlier, a common sign, NaN in the last column."""
     kind = torch.arange(len(x), device=x.device) % 9
     over_rows = problem.quant is not None and problem.quant.over_rows
     tiny = 2.0**-9 if problem.dtype == "fp16" else 2.0**-20
@@ -272,11 +273,11 @@ def in_layout(layer: Layer, layout: str) -> Layer:
     if layout == "nk":
         return replace(layer)
 
-    def flip(t):
-        if t is None or t.dim() != 3:
+    def flip(t: Tensor) -> Tensor:
+        if t.dim() != 3:
             return t
         return fence.empty(*t.transpose(-1, -2).shape, dtype=t.dtype, device=t.device).copy_(t.transpose(-1, -2))
 
-    return replace(
-        layer, w13=flip(layer.w13), w2=flip(layer.w2), w13_scale=flip(layer.w13_scale), w2_scale=flip(layer.w2_scale)
-    )  # fmt: skip
+    weights = ("w13", "w2", "w13_scale", "w2_scale")
+    flipped: dict[str, Any] = {name: flip(t) for name, t in layer.tensors().items() if name in weights}
+    return replace(layer, **flipped)

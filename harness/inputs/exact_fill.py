@@ -41,6 +41,7 @@ class SignPatterns:
 
 
 def sign_patterns(problem: Problem, seed: int, device: torch.device) -> SignPatterns:
+    """Draw the sign patterns of a layer: the same for every batch and every call with this seed."""
     rng = torch.Generator().manual_seed(seed * 7919 + problem.hidden_size)
     hidden = problem.hidden_size
     amax: list[Tensor] = []

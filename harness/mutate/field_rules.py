@@ -21,8 +21,13 @@ from harness.oracle.experts import oracle_experts
 from reference.moe import local_experts
 
 
-def naive(inputs: Inputs) -> Tensor:
-    """[T, K] in the dtype of hidden_states: expert by expert, every product, sum and activation rounded to it."""
+def naive_in_io_dtype(inputs: Inputs) -> Tensor:
+    """Return the layer's output [T, K] in the dtype of hidden_states, as PyTorch computes it in this dtype.
+
+    Expert by expert, every product, sum and activation is rounded to it. This is no call of reference.naive: PyTorch
+    rounds silu and gelu once, their formulas in this dtype would round every factor, and the baseline of the rules does
+    not quantize activations.
+    """
     problem, x = inputs.case.problem, inputs.hidden_states
     experts = oracle_experts(inputs.layer, x.device)
     local = local_experts(inputs.topk_ids, problem.num_experts, experts.expert_map)
@@ -65,7 +70,7 @@ def _activate(h: Tensor, activation: str, limit: float | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rule:
+class FieldRule:
     """One rule."""
 
     name: str
@@ -99,7 +104,7 @@ class Judged:
     def baseline(self) -> Tensor:
         """The naive layer's output, [T, K] in the io dtype."""
         assert self.inputs is not None
-        return naive(self.inputs).to(self.out.device).masked_fill(self.agreed, 0)
+        return naive_in_io_dtype(self.inputs).to(self.out.device).masked_fill(self.agreed, 0)
 
 
 def _assert_close(judged: Judged, rtol: float | None = None, atol: float | None = None) -> bool:
@@ -144,21 +149,23 @@ def _fla(judged: Judged) -> bool:
 RULES = {
     rule.name: rule
     for rule in (
-        Rule("assert_close", "torch.testing", "rtol and atol by dtype (bf16 1.6e-2, 1e-5)", _assert_close),
-        Rule("vllm", "vLLM, tests/kernels/moe", "atol 2e-2, rtol 0", lambda j: _assert_close(j, atol=2e-2, rtol=0)),
-        Rule(
+        FieldRule("assert_close", "torch.testing", "rtol and atol by dtype (bf16 1.6e-2, 1e-5)", _assert_close),
+        FieldRule(
+            "vllm", "vLLM, tests/kernels/moe", "atol 2e-2, rtol 0", lambda j: _assert_close(j, atol=2e-2, rtol=0)
+        ),
+        FieldRule(
             "triton_kernels", "triton_kernels.testing", "error / max(rms, magnitude): max 2e-2, rms 4e-3",
             _triton_kernels,
         ),
-        Rule(
+        FieldRule(
             "flash_attention", "FlashAttention, hopper/test_flash_attn.py",
             "max error at most twice that of PyTorch in the io dtype", _flash_attention,
         ),
-        Rule(
+        FieldRule(
             "flashinfer_bench", "flashinfer-bench", "95 % of the elements within 1e-2, absolutely or relatively",
             _flashinfer_bench,
         ),
-        Rule("fla", "flash-linear-attention", "rms(error) / rms(expected) below 0.005", _fla),
+        FieldRule("fla", "flash-linear-attention", "rms(error) / rms(expected) below 0.005", _fla),
     )
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ the whole language: parsing, printing and the error for a wrong token are all re
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -151,7 +151,7 @@ class Problem:
                 and self.quant.weight in WEIGHT_GRANULARITIES
                 and self.quant.activation in (None, "tensor_static", *(ACTIVATION_GRANULARITIES.keys() - {"static"}))
             )
-            parts = [code_formats(), WEIGHT_GRANULARITIES, ["none", *ACTIVATION_GRANULARITIES]]
+            parts: list[Iterable[str]] = [code_formats(), WEIGHT_GRANULARITIES, ["none", *ACTIVATION_GRANULARITIES]]
             require(known, "quant", ".".join(f"<{'|'.join(names)}>" for names in parts))
             require(self.dtype != "fp32", "quant", "quantized weights go with bf16 or fp16 activations")
         if self.ep:
@@ -229,7 +229,7 @@ DEFAULTS = {f.name: f.default for f in (*fields(Problem), *fields(Case))}
 
 
 @dataclass(frozen=True)
-class Rule:
+class TokenRule:
     """One field of the descriptor: its token's pattern, how it is read and written."""
 
     field: str
@@ -246,42 +246,42 @@ class Rule:
         return self.write(value)
 
 
-def _count(letter: str, name: str, required: bool = True) -> Rule:
-    return Rule(
+def _count(letter: str, name: str, required: bool = True) -> TokenRule:
+    return TokenRule(
         name, rf"{letter}\d+", lambda s: int(s[len(letter) :]), lambda v: f"{letter}{v}", f"{letter}16", required
     )
 
 
-def _word(name: str, words: tuple[str, ...], required: bool = False) -> Rule:
-    return Rule(name, "|".join(map(re.escape, words)), str, str, "|".join(words), required)
+def _word(name: str, words: tuple[str, ...], required: bool = False) -> TokenRule:
+    return TokenRule(name, "|".join(map(re.escape, words)), str, str, "|".join(words), required)
 
 
-def _flag(name: str, word: str, value: Any = True) -> Rule:
-    return Rule(name, word, lambda s: value, lambda v: word, word)
+def _flag(name: str, word: str, value: Any = True) -> TokenRule:
+    return TokenRule(name, word, lambda s: value, lambda v: word, word)
 
 
 #: Any three words: which of them are known is said by the error of Problem.
 _QUANT = r"[a-z0-9_]+\.[a-z0-9_]+\.[a-z0-9_]+"
 
-GRAMMAR: tuple[Rule, ...] = (
+GRAMMAR: tuple[TokenRule, ...] = (
     _count("t", "tokens"),
     _count("h", "hidden_size"),
     _count("i", "intermediate_size"),
     _count("e", "num_experts"),
     _count("k", "top_k"),
     _word("dtype", DTYPES, required=True),
-    Rule("quant", _QUANT, Quant.parse, str, "e4m3.block.group"),
+    TokenRule("quant", _QUANT, Quant.parse, str, "e4m3.block.group"),
     _word("activation", ACTIVATIONS),
-    Rule("limit", r"limit\d+(\.\d+)?", lambda s: float(s[5:]), lambda v: f"limit{v:g}", "limit7"),
+    TokenRule("limit", r"limit\d+(\.\d+)?", lambda s: float(s[5:]), lambda v: f"limit{v:g}", "limit7"),
     _flag("bias", "bias"),
     _flag("router_weight_on_input", "win"),
     _word("layout", LAYOUTS),
-    Rule("ep", r"ep\d+\.\d+s?", ExpertParallel.parse, str, "ep4.1"),
+    TokenRule("ep", r"ep\d+\.\d+s?", ExpertParallel.parse, str, "ep4.1"),
     _count("shared", "shared_experts", required=False),
     _flag("ids", "ids64", 64),
     _flag("padded", "padded"),
     _word("routing", ROUTINGS),
     _word("fill", FILLS),
     _count("s", "seed", required=False),
-    Rule("scenario", r"once|[a-z0-9_]+\.[a-z0-9_]+", str, str, "swap.copy_"),
+    TokenRule("scenario", r"once|[a-z0-9_]+\.[a-z0-9_]+", str, str, "swap.copy_"),
 )  # fmt: skip

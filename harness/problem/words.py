@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from harness.base.table import labelled
-from harness.problem.case import DEFAULTS, GRAMMAR, OF_CASES, Case, ExpertParallel, Quant, Rule
+from harness.problem.case import DEFAULTS, GRAMMAR, OF_CASES, Case, ExpertParallel, Quant, TokenRule
 
 #: Names of fields, where the name in the code says too little.
 NAMES = {
@@ -124,7 +124,7 @@ def glossary() -> list[tuple[str, str, str]]:
     return [row for rule in GRAMMAR for row in _entries(rule)]
 
 
-def _entries(rule: Rule) -> list[tuple[str, str, str]]:
+def _entries(rule: TokenRule) -> list[tuple[str, str, str]]:
     if rule.field in PATTERNS:
         return [(rule.example, _name(rule.field), PATTERNS[rule.field])]
     default = DEFAULTS[rule.field]

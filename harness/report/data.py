@@ -12,7 +12,7 @@ from typing import Any
 from harness.base.text import number
 from harness.problem import words
 from harness.report import history, performance
-from harness.report.history import Item, Place, Run, State
+from harness.report.history import Item, Place, PlaceState, Run
 from harness.results.file import Record
 from harness.results.verdict import FAILED, JUDGED, STATISTICS, STATUSES
 
@@ -60,7 +60,7 @@ def payload(records: list[Record], remarks: list[str], title: str, made: str) ->
 
 
 # -- places, runs, warnings -------------------------------------------------------------------------------------------
-def _place(state: State) -> dict[str, Any]:
+def _place(state: PlaceState) -> dict[str, Any]:
     newest = state.runs[-1]
     return {
         "name": state.place.name,
@@ -80,7 +80,7 @@ def _versions(run: Run) -> str:
     return ", ".join(f"{v} {environment[v]}" for v in history.VERSIONS if v in environment)
 
 
-def _turned(state: State) -> list[list[str]]:
+def _turned(state: PlaceState) -> list[list[str]]:
     """[family, backend, case] of the cases that are red and were not red in the state before."""
     assert state.before is not None
     before = state.before.records
@@ -91,7 +91,7 @@ def _turned(state: State) -> list[list[str]]:
     ]
 
 
-def _run(run: Run, states: list[State]) -> dict[str, Any]:
+def _run(run: Run, states: list[PlaceState]) -> dict[str, Any]:
     return {
         "place": next(n for n, state in enumerate(states) if state.place == run.place),
         "started": run.started,
@@ -101,7 +101,7 @@ def _run(run: Run, states: list[State]) -> dict[str, Any]:
     }
 
 
-def stale(states: list[State]) -> list[str]:
+def stale(states: list[PlaceState]) -> list[str]:
     """A line for every place that last ran more than STALE before the newest run."""
     newest = max((state.runs[-1].started for state in states), default=0.0)
     return [
@@ -111,7 +111,7 @@ def stale(states: list[State]) -> list[str]:
     ]
 
 
-def tested_less(states: list[State]) -> list[str]:
+def tested_less(states: list[PlaceState]) -> list[str]:
     """A line for every backend at a place that executed fewer cases of a family than in the state before."""
     lines = []
     for state in states:
@@ -145,7 +145,7 @@ class Strings:
 class Columns:
     """One value for each row and column; a string is an index into the table with the name of its column."""
 
-    def __init__(self, rows: list[Row], states: list[State], runs: list[Run]) -> None:
+    def __init__(self, rows: list[Row], states: list[PlaceState], runs: list[Run]) -> None:
         self.tables: dict[str, Strings] = defaultdict(Strings)
         self.columns: dict[str, list[Any]] = defaultdict(list)
         self.sparse: dict[str, dict[str, list[Any]]] = {"budgets": {}, "trace": {}}
@@ -246,7 +246,7 @@ class Texts:
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
-def matrix(rows: list[Row], states: list[State]) -> list[dict[str, Any]]:
+def matrix(rows: list[Row], states: list[PlaceState]) -> list[dict[str, Any]]:
     """A cell for every place, backend and family with records."""
     place_of = {state.place: n for n, state in enumerate(states)}
     cells: dict[tuple[int, str, str], list[Record]] = defaultdict(list)
@@ -307,7 +307,7 @@ def reasons(rows: list[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def histograms(rows: list[Row], states: list[State]) -> list[dict[str, Any]]:
+def histograms(rows: list[Row], states: list[PlaceState]) -> list[dict[str, Any]]:
     """Histograms of the share of the budget, for every place and backend: BINS equal bins from 0 to 1, one for more.
 
     Only cases judged statistically: the share of an exact case is 0 or infinite.

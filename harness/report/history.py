@@ -93,30 +93,30 @@ def seconds(time: str) -> float:
 
 # -- the state --------------------------------------------------------------------------------------------------------
 @dataclass
-class State:
+class PlaceState:
     """The newest record of every case at a place, in runs that belong together, and the state before."""
 
     place: Place
     runs: list[Run]
-    before: State | None = None
+    before: PlaceState | None = None
 
     @property
     def records(self) -> dict[Item, Record]:
         return {key: record for run in self.runs for key, record in run.records.items()}
 
 
-def states(runs: list[Run]) -> dict[Place, State]:
+def states(runs: list[Run]) -> dict[Place, PlaceState]:
     """The state of every place. runs: the oldest first."""
-    now: dict[Place, State] = {}
+    now: dict[Place, PlaceState] = {}
     for run in runs:
         state = now.get(run.place)
         kept = None if state is None or state.runs[-1].commit != run.commit else _kept(state.runs, run)
         if state is None or kept is None:
-            now[run.place] = State(run.place, [run], state)
+            now[run.place] = PlaceState(run.place, [run], state)
         elif len(kept) == len(state.runs):
             state.runs.append(run)
         else:
-            now[run.place] = State(run.place, [*kept, run], state)
+            now[run.place] = PlaceState(run.place, [*kept, run], state)
     return now
 
 
@@ -133,7 +133,7 @@ def _kept(group: list[Run], run: Run) -> list[Run] | None:
     return None
 
 
-def executed_less(state: State) -> list[tuple[str, str, int, int]]:
+def executed_less(state: PlaceState) -> list[tuple[str, str, int, int]]:
     """(backend, family, executed now, executed before), where fewer cases ran than in the last state that ran any."""
     before: dict[tuple[str, str], int] = {}
     older = state.before
@@ -144,7 +144,7 @@ def executed_less(state: State) -> list[tuple[str, str, int, int]]:
     return [(*key, now[key], n) for key, n in sorted(before.items()) if now[key] < n]
 
 
-def _executed(state: State) -> Counter[tuple[str, str]]:
+def _executed(state: PlaceState) -> Counter[tuple[str, str]]:
     return Counter(
         (backend, family)
         for (family, backend, _), record in state.records.items()
