@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harness.base.errors import UserError
 from reference.plan import Accumulator
+from reference.scheme import Format
 
 DEVICES = ("cpu", "cuda", "xpu")
 
@@ -123,14 +124,15 @@ class Device:
             return {}  # the tool is missing: nothing depends on it
         return dict(zip(names, (word.strip() for word in output.strip().split(","))))
 
-    def accumulator(self, operand: str) -> Accumulator:
-        """How this device's matrix units sum products of `operand` ("e4m3", "bf16", ...).
+    def accumulator(self, operand: Format) -> Accumulator:
+        """How this device's matrix units sum products of codes or values of a format.
 
         Hopper's fp8 tensor cores align products to the largest one and keep 13 bits below it in tiles of 64 rows and
         more (docs/fp8_accumulator.py measures it; also arXiv:2412.19437, section 3.3.2); smaller tiles use another
         instruction, which is exact. Kernels that promote every 128 products to float32 bound the loss.
         """
-        if self.torch.type == "cuda" and operand == "e4m3" and torch.cuda.get_device_capability()[0] == 9:
+        fp8 = operand.storage.startswith("float8")
+        if self.torch.type == "cuda" and fp8 and torch.cuda.get_device_capability()[0] == 9:
             return Accumulator(bits=13, depth=32, promote=128)
         return Accumulator()
 

@@ -41,8 +41,8 @@ class Experts:
     expert, so that a layer too large for float64 can be decoded one expert at a time. Biases [E, 2I] and [E, K] are
     added after the scales. expert_map [E_global] gives the local expert or -1. shared is the number of shared experts:
     they come after the routed ones in w13 and w2, serve every token, and have weight 1.
-    activation_quant is the scheme of quantized activations (reference/scheme.py), or None; a13_scale and a2_scale are its
-    static scales, or None if they are dynamic.
+    activation_quant is the scheme of quantized activations (reference/scheme.py), or None; a13_scale and a2_scale are
+    its static scales, or None if they are dynamic.
     """
 
     w13: Any

@@ -20,6 +20,8 @@ ROOMS = (
 #: The rooms inside of perf/, likewise.
 PERF = ("metrics", "count", "timing", "versions", "compare", "bisect")
 STANDARD_LIBRARY_ONLY = ("base", "problem", "results", "ci")
+#: Imports of packages that are asked for only where they are there, by room.
+OPTIONAL = {("base", "tomli"), ("base", "pip"), ("base", "hypothesis")}
 #: A module of these rooms works by being imported: it must be in the list of its room's __init__.
 LISTED = {
     "harness/scenarios": {"registry", "metamorphic", "stage_call"},
@@ -107,14 +109,16 @@ def test_no_import_hides_behind_type_checking():
     assert wrong == []
 
 
-@pytest.mark.parametrize("room", STANDARD_LIBRARY_ONLY)
+@pytest.mark.parametrize("room", [*(f"harness/{room}" for room in STANDARD_LIBRARY_ONLY), "reference/scheme.py"])
 def test_a_room_of_the_standard_library_alone(room):
+    paths = modules(room) if (ROOT / room).is_dir() else [ROOT / room]
     wrong = {
         name_of(path): module
-        for path in modules(f"harness/{room}")
-        for node, module in imported(path)
+        for path in paths
+        for _, module in imported(path)
         if module.split(".")[0] not in sys.stdlib_module_names | {"harness", "cases"}
-        and (room, module.split(".")[0]) not in {("base", "tomli"), ("base", "pip"), ("base", "hypothesis")}
+        and module != "reference.scheme"  # the facts of formats: itself in this list
+        and (path.parent.name, module.split(".")[0]) not in OPTIONAL
     }
     assert wrong == {}
 
@@ -142,6 +146,29 @@ def test_a_module_that_registers_itself_is_in_the_list(room):
         f"{room.replace('/', '.')}.__init__"
     }
     assert here - listed == {f"{room.replace('/', '.')}.{helper}" for helper in LISTED[room]} - listed
+
+
+#: Names and largest values of formats, and where they may stand as literals: nowhere but with the scheme, and where
+#: another project's names or a device's hardware are described.
+LITERALS = {"e4m3", "e5m2", 448, 464, 57344}
+DESCRIBED = {
+    "reference.scheme", "reference.formats",
+    "harness.trace.interpreter",  # Triton's types
+    "harness.perf.count.compiled",  # torch's names, shortened
+    "harness.device",  # Hopper's fp8 instructions
+}  # fmt: skip
+
+
+def test_formats_are_described_by_the_scheme_alone():
+    wrong = [
+        f"{name_of(path)}:{node.lineno}: {node.value!r}"
+        for package in ("harness", "reference")
+        for path in modules(package)
+        if name_of(path) not in DESCRIBED
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and not isinstance(node.value, bool) and node.value in LITERALS
+    ]
+    assert wrong == []
 
 
 def test_reference_imports_torch_only():

@@ -48,16 +48,18 @@ def forced_gate(codes: Format) -> float:
 def _beyond_codes(quant: Quant) -> str | None:
     """None, or that no scale makes codes of the fill's weights where they share one."""
     pair, dynamic = pair_weight(quant), quant.dynamic
-    gate, up = [GATE, ON, abs(OFF)], [1.0]
+    gate: list[float] = [GATE, ON, abs(OFF)]
+    up = [1.0]
     if dynamic:
         gate, up = [*gate, GATE * pair], [*up, pair]
-    forced = [[forced_gate(dynamic.codes)], [7.0], [8.0, 16.0]] if dynamic else []
+    forced: list[list[float]] = [[forced_gate(dynamic.codes)], [7.0], [8.0, 16.0]] if dynamic else []
     each_row = [gate, up, [1.0, 0.25, 0.125], *forced]
     one_scale = quant.weights.granularity.rows == 1
-    for values in each_row if one_scale else [[value for row in each_row for value in row]]:
+    together = [[value for row in each_row for value in row]]
+    for values in each_row if one_scale else together:
         if common_scale(values, quant.weights.codes) is None:
             return f"fill: no scale makes {quant.weight_format} codes of the weights of an exact fill"
-    scales = [forced_gate(dynamic.codes) * up / dynamic.codes.max for up in (8, 16)] if dynamic else []
+    scales = [forced_gate(dynamic.codes) * factor / dynamic.codes.max for factor in (8, 16)] if dynamic else []
     if dynamic and not all(dynamic.codes.holds(UNIT * n / scale) for n in ACTIVATIONS for scale in scales):
         return f"fill: {dynamic.codes.name} has no codes of the activations of an exact fill"
     return None

@@ -31,7 +31,7 @@ from harness.trace.bits import digest, same_bits
 from harness.trace.tracing import Trace, Tracing
 from reference.formats import decode
 from reference.moe import local_experts
-from reference.plan import RoundingPlan, parse_plan, undeclared_plans
+from reference.plan import Accumulator, RoundingPlan, parse_plan, undeclared_plans
 
 #: Called with every output that is judged, its inputs and the judgement.
 Observer = Callable[[Tensor, Inputs, Judgement], None]
@@ -156,8 +156,9 @@ class Session:
         """The backend's declared plans, also with this device's imprecise accumulator where it has one."""
         declared = self.backend.plans(problem) if self.backend.plans else undeclared_plans()
         plans = [parse_plan(p) for p in declared]
-        imprecise = self.device.accumulator("e4m3")
-        if problem.quant and problem.quant.activation and imprecise.bits is not None:
+        scheme = problem.quant.activations if problem.quant else None
+        imprecise = self.device.accumulator(scheme.codes) if scheme else Accumulator()
+        if imprecise.bits is not None:
             # Which instruction a tile size leads to is the compiler's choice: the exact sum is tried first.
             plans += [replace(p, accumulator=imprecise) for p in plans if p.quantizes_activations]
         return plans

@@ -8,7 +8,7 @@ import torch
 from harness.base.table import markdown
 from harness.inputs.draw import draw
 from harness.mutate import summary
-from harness.mutate.field_rules import RULES, Judged, Watcher, naive
+from harness.mutate.field_rules import RULES, Judged, Watcher, naive_in_io_dtype
 from harness.mutate.outcomes import Outcome
 from harness.mutate.protocol import MutantRun
 from harness.oracle.experts import exact_output
@@ -84,7 +84,7 @@ def test_triton_kernels_bounds_the_rms_more_tightly_than_the_largest_error():
 )  # fmt: skip
 def test_the_naive_layer_is_the_layer_to_the_precision_of_its_dtype(descriptor):
     inputs = draw(Case.parse(descriptor))
-    output, exact = naive(inputs).double(), exact_output(inputs).double()
+    output, exact = naive_in_io_dtype(inputs).double(), exact_output(inputs).double()
     assert output.dtype == torch.float64 and output.shape == exact.shape
     relative = (output - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     unit = {"bf16": 2**-8, "fp16": 2**-11, "fp32": 2**-24}[inputs.case.problem.dtype]

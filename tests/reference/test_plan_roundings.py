@@ -10,6 +10,7 @@ from harness.run.case import run_case
 from reference.formats import round_to, truncate_to
 from reference.moe import Experts, Rounding, forward
 from reference.plan import RoundingPlan, parse_plan
+from reference.scheme import activation_scheme
 from tests.support.emulated import Emulated
 
 CPU = Device("cpu")
@@ -83,7 +84,7 @@ def small(top_k=1):
 
 def test_a_weight_on_the_product_meets_operands_that_were_quantized_without_it():
     x, weights, ids, w13, w2 = small()
-    experts = Experts(w13, w2, router_weight_on_input=True, activation_quant="tensor")
+    experts = Experts(w13, w2, router_weight_on_input=True, activation_quant=activation_scheme("tensor"))
     plain = forward(x, torch.ones_like(weights), ids, experts, Rounding(RoundingPlan()))
     on_product = forward(x, weights, ids, experts, Rounding(RoundingPlan(weighted_input="product")))
     before = forward(x, weights, ids, experts, Rounding(RoundingPlan()))

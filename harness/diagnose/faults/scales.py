@@ -1,4 +1,4 @@
-"""Faults of scales: those of fp8 weights, and those of quantized activations."""
+"""Faults of scales: those of quantized weights, and those of quantized activations."""
 
 from __future__ import annotations
 
@@ -12,20 +12,48 @@ from harness.diagnose.faults.layer import BIASES, GEMMS
 from harness.diagnose.faults.registry import fault
 from harness.oracle.stages import Answer, Oracle
 from reference.formats import round_to
-from reference.quant import BLOCK, expand_scale, quantize_activation
+from reference.quant import expand_scale, quantize_activation, saturated
+from reference.scheme import ACTIVATION_GRANULARITIES, Granularity, Scheme
 
+#: The largest code of e4m3fnuz, the fp8 of AMD's MI300: half of a bit pattern's value in e4m3.
+FNUZ = 240
 SCALES = {"both weights' scales": ("w13_scale", "w2_scale"), "w13_scale": ("w13_scale",), "w2_scale": ("w2_scale",)}
 
 
 # -- scales of the weights --------------------------------------------------------------------------------------------
+def _any(granularity: Granularity) -> bool:
+    return True
+
+
+def _per_row(granularity: Granularity) -> bool:
+    return granularity.rows == 1
+
+
+def _blocks_of_n(granularity: Granularity) -> bool:
+    return (granularity.rows or 1) > 1
+
+
+def _blocks_of_k(granularity: Granularity) -> bool:
+    return granularity.columns is not None
+
+
+def _blocks(granularity: Granularity) -> bool:
+    return _blocks_of_n(granularity) and _blocks_of_k(granularity)
+
+
 def _weights(
-    id_: str, text: str, change: Callable[[Tensor], Tensor | None], only: str = "", flag: str = "", effect: str = ""
+    id_: str,
+    text: str,
+    change: Callable[[Tensor], Tensor | None],
+    where: Callable[[Granularity], bool] = _any,
+    flag: str = "",
+    effect: str = "",
 ) -> None:
-    """Register a fault of each weight's scale, and of both: changed, if the granularity is `only` ("": any)."""
+    """Register a fault of each weight's scale, and of both: changed, for the granularities that have such scales."""
 
     @fault(f"{{which}}.{id_}", f"{{which}} {text}", flag=flag, effect=effect, which=SCALES)
     def _(o, which):
-        if o.layer.w13_scale is None or only not in ("", o.problem.quant.weight):
+        if o.layer.w13_scale is None or not where(o.problem.quant.weights.granularity):
             return None
         changed = {name: change(getattr(o.layer, name)) for name in SCALES[which]}
         return None if any(s is None for s in changed.values()) else o(layer=replace(o.layer, **changed))
@@ -60,21 +88,24 @@ _weights("inverted", "inverted", lambda s: 1 / s)
 _weights("rounded_up", "rounded up to a power of two", lambda s: _power_of_two(s, up=True))
 _weights("rounded_down", "rounded down to a power of two", lambda s: _power_of_two(s, up=False))
 _weights("bf16", "rounded to bf16", lambda s: s.bfloat16().float())
-_weights("first_row", "of the first row for all rows", lambda s: s[:, :1].expand_as(s), "channel")
-_weights("next_row", "of the next row", lambda s: s.roll(-1, 1), "channel")
-_weights("previous_row", "of the previous row", lambda s: s.roll(1, 1), "channel")
-_weights("blocks_transposed", "read with the blocks transposed", _transposed, "block", "layout", "ignored")
-_weights("first_block", "of the first block for all blocks", lambda s: s[:, :1, :1].expand_as(s), "block")
-_weights("first_block_of_k", "of the first block of K for all of K", lambda s: s[:, :, :1].expand_as(s), "block")
-_weights("last_block_of_k", "of the last block of K for all of K", lambda s: s[:, :, -1:].expand_as(s), "block")
-_weights("next_block_of_k", "of the next block of K", lambda s: s.roll(-1, 2), "block")
-_weights("previous_block_of_k", "of the previous block of K", lambda s: s.roll(1, 2), "block")
-_weights("first_block_of_n", "of the first block of N for all of N", lambda s: s[:, :1].expand_as(s), "block")
+_weights("first_row", "of the first row for all rows", lambda s: s[:, :1].expand_as(s), _per_row)
+_weights("next_row", "of the next row", lambda s: s.roll(-1, 1), _per_row)
+_weights("previous_row", "of the previous row", lambda s: s.roll(1, 1), _per_row)
+_weights("blocks_transposed", "read with the blocks transposed", _transposed, _blocks, "layout", "ignored")
+_weights("first_block", "of the first block for all blocks", lambda s: s[:, :1, :1].expand_as(s), _blocks)
+_weights("first_block_of_k", "of the first block of K for all of K", lambda s: s[..., :1].expand_as(s), _blocks_of_k)
+_weights("last_block_of_k", "of the last block of K for all of K", lambda s: s[..., -1:].expand_as(s), _blocks_of_k)
+_weights("next_block_of_k", "of the next block of K", lambda s: s.roll(-1, -1), _blocks_of_k)
+_weights("previous_block_of_k", "of the previous block of K", lambda s: s.roll(1, -1), _blocks_of_k)
+_weights("first_block_of_n", "of the first block of N for all of N", lambda s: s[:, :1].expand_as(s), _blocks_of_n)
 _weights(
-    "two_blocks_of_k_share", "of every second block of K for the next one as well", lambda s: _doubled(s, 2), "block"
+    "two_blocks_of_k_share",
+    "of every second block of K for the next one as well",
+    lambda s: _doubled(s, -1),
+    _blocks_of_k,
 )
-_weights("next_block_of_n", "of the next block of N", lambda s: s.roll(-1, 1), "block")
-_weights("previous_block_of_n", "of the previous block of N", lambda s: s.roll(1, 1), "block")
+_weights("next_block_of_n", "of the next block of N", lambda s: s.roll(-1, 1), _blocks_of_n)
+_weights("previous_block_of_n", "of the previous block of N", lambda s: s.roll(1, 1), _blocks_of_n)
 
 
 def _doubled(scale: Tensor, dim: int) -> Tensor:
@@ -99,9 +130,10 @@ def _(o):
 def _of_halves(o: Oracle, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Answer | None:
     """w13_scale with the scales of the packed gate and up rows changed, where both halves are whole blocks."""
     scale, quant = o.layer.w13_scale, o.problem.quant
-    if scale is None or quant is None or quant.weight == "tensor" or o.problem.activation in ("swigluoai", "relu2"):
+    block = quant.weights.granularity.rows if quant else None
+    if scale is None or block is None or o.problem.activation in ("swigluoai", "relu2"):
         return None
-    if quant.weight == "block" and o.problem.intermediate_size % BLOCK:
+    if o.problem.intermediate_size % block:
         return None
     return o(layer=replace(o.layer, w13_scale=torch.cat(change(*scale.chunk(2, 1)), 1)))
 
@@ -134,7 +166,8 @@ def _scaled_bias(o: Oracle, name: str, expert: Tensor, rows: Tensor | None) -> T
     factor = torch.ones_like(bias)
     if scale.dim() < 3:  # per expert or row: block scales are applied inside the sum
         factor = factor * scale.reshape(len(scale), -1)
-    taken = rows[:, :1] if rows is not None and o.experts.activation_quant != "group" else 1.0
+    scheme = o.experts.activation_quant
+    taken = rows[:, :1] if rows is not None and scheme and not _blocks_of_k(scheme.granularity) else 1.0
     return bias[expert] * (factor[expert] * taken - 1)
 
 
@@ -208,10 +241,7 @@ def _(o, gemm):
     "activation_scale.previous_group.{gemm}", "activation scale of the previous group in {gemm}", gemm=GEMMS, step=(1,)
 )
 def _(o, gemm, step):
-    def moved(codes: Tensor, scale: Tensor) -> Tensor:
-        return codes * expand_scale(scale[:, ::BLOCK].roll(step, 1), "group", codes.shape)
-
-    return _rescaled(o, gemm, moved) if o.experts.activation_quant == "group" else None
+    return _regrouped(o, gemm, lambda scale: scale.roll(step, 1))
 
 
 @fault(
@@ -220,17 +250,11 @@ def _(o, gemm, step):
     gemm=GEMMS,
 )
 def _(o, gemm):
-    if o.experts.activation_quant != "group" or not o.quantized:
-        return None
     other = o.layer
-    if o.problem.quant.weight == "block":
+    if other.w13_scale is not None and _blocks_of_k(o.problem.quant.weights.granularity):
         names = [f"{name}_scale" for name in GEMMS[gemm]]
-        other = replace(other, **{name: _doubled(getattr(other, name), 2) for name in names})
-
-    def shared(codes: Tensor, scale: Tensor) -> Tensor:
-        return codes * expand_scale(_doubled(scale[:, ::BLOCK], 1), "group", codes.shape)
-
-    return _rescaled(o.of(other), gemm, shared)
+        other = replace(other, **{name: _doubled(getattr(other, name), -1) for name in names})
+    return _regrouped(o.of(other), gemm, lambda scale: _doubled(scale, 1))
 
 
 @fault("activation_scale.rounded_up.{gemm}", "activation scale rounded up to a power of two in {gemm}", gemm=GEMMS)
@@ -254,23 +278,27 @@ def _(o, gemm):
 
 @fault("activation_codes.clamped_at_240.{gemm}", "activation codes clamped at 240 in {gemm}", gemm=GEMMS)
 def _(o, gemm):
-    return _rescaled(o, gemm, lambda codes, scale: codes.clamp(-240, 240) * scale)
+    if _largest_code(o) <= FNUZ:
+        return None
+    return _rescaled(o, gemm, lambda codes, scale: codes.clamp(-FNUZ, FNUZ) * scale)
 
 
 @fault("activation_scale.local_rows_only", "the batch's activation scale from the rows with a local expert only")
 def _(o):
-    if o.experts.activation_quant != "tensor" or o.experts.a13_scale is not None or not len(o.s.row):
+    scheme = o.experts.activation_quant
+    if scheme is None or scheme.granularity.rows is not None or o.experts.a13_scale is not None or not len(o.s.row):
         return None
 
     def of_these(rows: Tensor, scale: Tensor) -> Tensor:
-        return quantize_activation(rows[o.s.row], "tensor")[1][:1, :1].expand_as(scale)
+        return quantize_activation(rows[o.s.row], scheme)[1][:1, :1].expand_as(scale)
 
     return _requantized(o, "GEMM 1", of_these)
 
 
 @fault("activation_scale.for_240.{gemm}", "activation scale for a largest code of 240 in {gemm}", gemm=GEMMS)
 def _(o, gemm):
-    return _requantized(o, gemm, lambda rows, scale: scale * 448 / 240)
+    largest = _largest_code(o)
+    return _requantized(o, gemm, lambda rows, scale: scale * largest / FNUZ) if largest > FNUZ else None
 
 
 @fault(
@@ -282,7 +310,10 @@ def _(o, gemm):
     gemm=GEMMS,
 )
 def _(o, other, gemm):
-    return _requantized(o, gemm, lambda rows, scale: quantize_activation(rows, other)[1])
+    if o.experts.activation_quant is None:
+        return None
+    scheme = replace(o.experts.activation_quant, granularity=ACTIVATION_GRANULARITIES[other])
+    return _requantized(o, gemm, lambda rows, scale: quantize_activation(rows, scheme)[1])
 
 
 @fault("activation_scale.of_other_gemm.{gemm}", "static activation scale of the other GEMM in {gemm}", gemm=GEMMS)
@@ -291,6 +322,30 @@ def _(o, gemm):
     if None in pair:
         return None
     return _requantized(o, gemm, lambda rows, scale: torch.full_like(scale, sum(pair)) - scale)
+
+
+def _scheme(o: Oracle) -> Scheme:
+    """The scheme of the activations of a layer that quantizes them."""
+    assert o.experts.activation_quant is not None
+    return o.experts.activation_quant
+
+
+def _largest_code(o: Oracle) -> float:
+    return _scheme(o).codes.max if o.quantized else 0.0
+
+
+def _regrouped(o: Oracle, gemm: str, change: Callable[[Tensor], Tensor]) -> Answer | None:
+    """Dequantize the right codes by other scales of groups: change(scales [rows, groups])."""
+    if not o.quantized:
+        return None
+    granularity = _scheme(o).granularity
+    if granularity.columns is None:
+        return None
+
+    def regrouped(codes: Tensor, scale: Tensor) -> Tensor:
+        return codes * expand_scale(change(scale[:, :: granularity.columns]), granularity, codes.shape)
+
+    return _rescaled(o, gemm, regrouped)
 
 
 def _quantizing(o: Oracle, whether: bool) -> Answer:
@@ -313,7 +368,7 @@ def _rescaled(o: Oracle, gemm: str, change: Callable[[Tensor, Tensor], Tensor]) 
 
     def again(rows: Tensor, first: bool) -> Tensor:
         static = o.experts.a13_scale if first else o.experts.a2_scale
-        return change(*quantize_activation(rows, o.experts.activation_quant, static))
+        return change(*quantize_activation(rows, _scheme(o), static))
 
     return _operand(o, gemm, again)
 
@@ -323,7 +378,7 @@ def _requantized(o: Oracle, gemm: str, scale: Callable[[Tensor, Tensor], Tensor]
 
     def again(rows: Tensor, first: bool) -> Tensor:
         static = o.experts.a13_scale if first else o.experts.a2_scale
-        other = scale(rows, quantize_activation(rows, o.experts.activation_quant, static)[1])
-        return round_to(rows / other, "e4m3") * other
+        other = scale(rows, quantize_activation(rows, _scheme(o), static)[1])
+        return saturated(rows / other, _scheme(o)) * other
 
     return _operand(o, gemm, again)
