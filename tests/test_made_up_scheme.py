@@ -13,16 +13,31 @@ from harness.problem.case import Case
 from harness.problem.exactness import inexact
 from harness.run.case import run_case
 from reference.formats import decode
-from reference.scheme import Format, Granularity, register_format, register_granularity
-
-register_format(
-    Format("e2m3", precision=4, emin=0, max=7.5, storage="uint8", saturates=True, bits=6, activations="e2m3")
+from reference.scheme import (
+    ACTIVATION_GRANULARITIES,
+    FORMATS,
+    WEIGHT_GRANULARITIES,
+    Format,
+    Granularity,
+    register_format,
+    register_granularity,
 )
-register_granularity("row64", Granularity(1, 64), of="weights")
-register_granularity("group64", Granularity(1, 64), of="activations")
 
 CPU = Device("cpu")
 PLAIN, QUANTIZED = "e2m3.row64.none", "e2m3.row64.group64"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    """The scheme, for the tests of this file alone: other tests go through all formats that are known."""
+    six = Format("e2m3", precision=4, emin=0, max=7.5, storage="uint8", saturates=True, bits=6, activations="e2m3")
+    register_format(six)
+    register_granularity("row64", Granularity(1, 64), of="weights")
+    register_granularity("group64", Granularity(1, 64), of="activations")
+    yield
+    del FORMATS["e2m3"], WEIGHT_GRANULARITIES["row64"], ACTIVATION_GRANULARITIES["group64"]
+
+
 #: The 64 values by code: sign, two bits of exponent, three of mantissa; 0, 0.125, ... 7.5.
 HALF = [m / 8 for m in range(8)] + [(1 + m / 8) * 2**e for e in range(3) for m in range(8)]
 VALUES = torch.tensor(HALF + [-value for value in HALF])

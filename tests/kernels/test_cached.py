@@ -287,7 +287,7 @@ def test_with_the_triton_kernels_themselves():
     """fp8 blocks in layout kn through Triton's interpreter, in a process of its own: it must start with it."""
     script = textwrap.dedent(
         """
-        from harness import interpreter
+        from harness.trace import interpreter
         interpreter.enable()
         import torch
         from harness.inputs.draw import draw

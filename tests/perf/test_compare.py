@@ -323,7 +323,7 @@ def test_the_table_fits():
     ]  # fmt: skip
     lines = table_lines(rows)
     assert max(map(len, lines)) <= 120
-    assert "  +250.0 % (+200.0 to +320.0)" in lines[3] and "12 x 360" in lines[3] and "+10000000000" in lines[5]
+    assert " +250.0 % (+200.0 to +320.0) " in lines[3] and "12 x 360" in lines[3] and "+10000000000" in lines[5]
     cells = [line.replace("\\|", "").count("|") for line in markdown_lines(rows)]
     assert len(set(cells)) == 1 and "a \\| b" in markdown_lines(rows)[-1]
 
