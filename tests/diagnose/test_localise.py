@@ -1,4 +1,4 @@
-"""diagnose/localise.py: each stage is found out when it alone is broken, and none is accused when all are right."""
+"""diagnose/localise.py: it names a stage that alone is broken, and no stage of a correct kernel."""
 
 import functools
 
@@ -89,7 +89,7 @@ def test_the_stage_that_is_broken_is_named(monkeypatch, backend, case, name, spo
     assert f"stage         first wrong: {stage} (" in found.report
 
 
-def test_the_rows_and_columns_are_told(monkeypatch):
+def test_the_report_names_rows_and_columns(monkeypatch):
     breaking(monkeypatch, "moe_gemm", other_columns, at=1)
     report = run_case(Case.parse(PLAIN), TritonMoE(), CPU).report
     assert "rows of every expert; every token; columns 32-" in report
@@ -124,7 +124,7 @@ def test_the_rows_and_columns_are_told(monkeypatch):
         (TritonMoE, "t16-h256-i128-e8-k2-bf16-e4m3.block.group-exact"),
     ],
 )
-def test_no_stage_of_a_right_kernel_is_accused(backend, text):
+def test_a_correct_kernel_has_no_wrong_stage(backend, text):
     case, backend = Case.parse(text), backend()
     session = Session(case, backend, CPU)
     inputs = session.draw()
@@ -135,7 +135,7 @@ def test_no_stage_of_a_right_kernel_is_accused(backend, text):
 
 
 class Exposed(TritonMoE):
-    """A backend that shows what a test wants it to show."""
+    """A backend whose recorded values a test may change."""
 
     def __init__(self, show):
         self.show = show
@@ -153,7 +153,7 @@ def localised(show, change=0.0):
     return localise(backend, call, inputs, session.plans(case.problem)[0], got)
 
 
-def test_stages_that_are_not_shown_are_not_asked():
+def test_stages_that_are_not_exposed_are_not_checked():
     def spoilt(seen):
         return {name: value * 2 if name == "h" else value for name, value in seen.items()}
 
@@ -164,12 +164,12 @@ def test_stages_that_are_not_shown_are_not_asked():
     )
 
 
-def test_what_a_replay_cannot_tell_is_said():
+def test_a_replay_that_differs_or_raises_is_reported():
     assert localised(lambda seen: seen, change=1.0)[1].endswith("the replay returned another output than the call")
     assert localised(lambda seen: 1 / 0) == ("", "not localised: the replay raised ZeroDivisionError: division by zero")
 
 
-def test_a_backend_without_stages_is_left_alone():
+def test_a_backend_without_stages_is_not_localised():
     from tests.support.emulated import Emulated
 
     case = Case.parse(PLAIN)
