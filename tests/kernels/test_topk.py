@@ -326,7 +326,7 @@ def sum_may_vanish(logits, top_k, method, renormalize=None, **options):
 
 def asked(*words):
     """The family's cases that have all of these words first, then the others; small ones before large."""
-    found = [row.case for row in rows(family, CPU) if row.case.scenario != "route.layer"]
+    found = [row.case for row in rows(family, on_cpu=True) if row.case.scenario != "route.layer"]
     return sorted(found, key=lambda c: (-len(set(words) & set(str(c).split("-"))), c.problem.tokens))
 
 

@@ -164,7 +164,7 @@ class Aligner:
         raise NotImplementedError("only the alignment is asked about")
 
 
-CASES = sorted((row.case for row in rows(family, CPU)), key=lambda c: c.problem.tokens * c.problem.top_k)
+CASES = sorted((row.case for row in rows(family, on_cpu=True)), key=lambda c: c.problem.tokens * c.problem.top_k)
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -218,7 +218,7 @@ def test_a_buffer_that_a_larger_batch_takes_away_is_seen():
 
 def test_the_rows_of_offsets32_ask_what_they_say():
     """Every operand that has a row per token, pair or expert is larger than the limit; tiles stay below it."""
-    asked = [row.case.problem for row in rows(family, CPU) if row.case.scenario == "memory.offsets32"]
+    asked = [row.case.problem for row in rows(family, on_cpu=True) if row.case.scenario == "memory.offsets32"]
     assert len(asked) > 8
     for problem in asked:
         experts = problem.local_experts * problem.w13_rows * problem.hidden_size
@@ -232,7 +232,7 @@ def test_the_rows_of_offsets32_ask_what_they_say():
 
 
 def test_rows_of_copies_on_a_gpu_exceed_32_bits():
-    asked = [row.case.problem for row in rows(family, Device("cuda")) if row.case.scenario == "memory.copies"]
+    asked = [row.case.problem for row in rows(family, on_cpu=False) if row.case.scenario == "memory.copies"]
     sizes = {name: 0 for name in ("x", "h", "slots")}
     for p in asked:
         pairs = p.tokens * p.top_k

@@ -67,14 +67,19 @@ def _cells(row: Comparison) -> list[str]:
     e = row.estimate
     cells = [row.metric, _value(row.base), _value(row.head), "", row.outcome, "", "", "", ""]
     if e and row.detectable is not None:
-        cells[3] = f"{100 * e.change:+.1f} % ({100 * e.low:+.1f} to {100 * e.high:+.1f})"
-        cells[5], cells[6] = f"{100 * e.floor:.1f} %", f"{100 * row.detectable:.1f} %"
+        cells[3] = f"{_percent(e.change, '+')} % ({_percent(e.low, '+')} to {_percent(e.high, '+')})"
+        cells[5], cells[6] = f"{_percent(e.floor)} %", f"{_percent(row.detectable)} %"
         cells[7] = f"{e.generations} x {row.samples // e.generations}"
     elif isinstance(row.base, int) and isinstance(row.head, int):
         cells[3] = f"{row.head - row.base:+d}"
     if row.seconds:
         cells[8] = f"{row.seconds:.0f} s"
     return cells
+
+
+def _percent(share: float, sign: str = "") -> str:
+    """A share in percent, in at most six characters: tenths up to a thousand."""
+    return f"{100 * share:{sign}.{1 if abs(share) < 10 else 0}f}"
 
 
 def _value(value: Any) -> str:
