@@ -108,7 +108,7 @@ HISTORY = (
     Edit("cached: no state between prepare and call", CACHED,
          "            instance.apply(out, hidden_states, topk_weights, topk_ids)\n",
          "            CachedFusedMoE(layer).apply(out, hidden_states, topk_weights, topk_ids)\n", "instance"),
-    Edit("cached: a word", CACHED, "forever.", "for ever."),
+    Edit("cached: a word", CACHED, "replaced weights are freed at once.", "replaced weights go at once."),
 )  # fmt: skip
 
 
