@@ -95,9 +95,7 @@ def _run(row: MatrixRow, args: argparse.Namespace) -> int:
     if returned < 0:
         return code
     if count > 1 or args.pytest:
-        print(
-            f"moe-harness: the floor of {row.name} is for all its shards: python3 -m harness summary RESULTS"
-        )
+        print(f"moe-harness: the floor of {row.name} is for all its shards: python3 -m harness summary RESULTS")
         return code
     return max(code, _below_floor(row, path))
 
