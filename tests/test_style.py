@@ -1,7 +1,9 @@
 """The rules of docs/style.md that a machine can check: private words in names, docstrings and public classes."""
 
 import ast
+import io
 import re
+import tokenize
 from collections import defaultdict
 from pathlib import Path
 
@@ -42,13 +44,14 @@ def test_no_name_is_a_private_word(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_docstring_has_a_pronoun_for_a_subject(package):
-    wrong = []
-    for path in sources(package):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                if hit := WORDS.search(ast.get_docstring(node) or ""):
-                    wrong.append(f"{place(path, node)}: {hit[0]}")
+def test_no_docstring_or_comment_has_a_pronoun_for_a_subject(package):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{token.start[0]}: {hit[0]}"
+        for path in sources(package)
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+        if token.type == tokenize.COMMENT or token.string.startswith(('"""', "#"))
+        if (hit := WORDS.search(token.string))
+    ]
     assert wrong == []
 
 

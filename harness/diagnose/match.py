@@ -56,7 +56,7 @@ class Match:
 
     @property
     def alternatives(self) -> tuple[str, ...]:
-        """The texts of the faults that cannot be told from the first one here."""
+        """The texts of the faults with the same output as the first one here."""
         return tuple(f.text for f in self.faults[1:])
 
     def __str__(self) -> str:

@@ -93,8 +93,8 @@ def _extreme_rows(problem: Problem, x: Tensor) -> Tensor:
     x[kind == 5, problem.hidden_size // 2] = 96
     x[kind == 6] += 2
     if problem.dtype != "fp16" and not over_rows:
-        x[kind == 8] *= 2.0**24  # infinite for whoever has float16 on the way
-    # One NaN would make a dynamic scale over all rows NaN: what then happens to the others is nobody's contract.
+        x[kind == 8] *= 2.0**24  # infinite in a kernel with float16 on the way
+    # One NaN would make a dynamic scale over all rows NaN, and no contract says what the other rows become then.
     if not over_rows:
         x[kind == 1, 0] = math.nan
         x[kind == 7, problem.hidden_size - 1] = math.nan

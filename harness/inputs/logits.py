@@ -19,7 +19,7 @@ BIASES: dict[str, Callable[[Tensor], Tensor]] = {
     "negative": lambda n: -1 - n.abs(),
 }
 
-BEYOND = 6e4  #: lies between padded rows: whoever takes it for a logit chooses it
+BEYOND = 6e4  #: lies between padded rows: a router that takes it for a logit chooses it
 
 
 def _except(n: Tensor, value: float, every: int) -> Tensor:

@@ -258,7 +258,7 @@ def _failure(implementation: str, activation: str, limit: float | None, sentinel
     try:
         with _Unwritten():
             got = backend.prepare(problem, layer)(x, weights, ids)
-    except Exception as error:  # whatever it is, it would be raised by, or kill, a real call
+    except Exception as error:  # a real call would raise it too, or die of it
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     wrong = ~torch.isclose(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max())).all(1)
     return f"computes {int(wrong.sum())} of {len(wrong)} tokens wrong" if wrong.any() else None

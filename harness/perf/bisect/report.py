@@ -95,7 +95,7 @@ def _heading(result: BisectResult, commits: list[Commit]) -> str:
         return "not certain yet, " + (f"most likely: {_commit(commits[0])}" if len(commits) == 1 else "one of:")
     if len(commits) == 1:
         return f"found: {_commit(commits[0])}"
-    return f"found: one of {len(commits)} commits, which cannot be told apart since some cannot be measured:"
+    return f"found: one of {len(commits)} commits, indistinguishable since some cannot be measured:"
 
 
 def _commit(commit: Commit) -> str:
