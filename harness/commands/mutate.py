@@ -52,8 +52,7 @@ def register(add: Callable[..., Any]) -> None:
 
 def mutate(args: argparse.Namespace) -> int:
     """Run the command; returns its exit code."""
-    from harness.base.table import aligned, markdown
-    from harness.mutate import bugs, cause_score, process, runner, schedule, summary
+    from harness.mutate import bugs, process, runner, schedule, summary
     from harness.mutate.outcomes import OutcomesFile, entry_digest, suite_digest
     from harness.mutate.progress import Progress
 
@@ -102,6 +101,20 @@ def mutate(args: argparse.Namespace) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     progress.clear()
+    _print_summary(args, outcomes, known, rules)
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    results = f"; results: {path}" if path else ""
+    print(f"\n{progress.seconds:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of CPU time{results}")
+    # Few backends keep the contract of the emulated XPU: an entry without one of them is no error there.
+    return _exit_code(args, [o for o in outcomes if not (device.emulated and o.outcome == "unasked")])
+
+
+def _print_summary(
+    args: argparse.Namespace, outcomes: list[Any], known: dict[str, Any], rules: tuple[str, ...]
+) -> None:
+    from harness.base.table import aligned, markdown
+    from harness.mutate import cause_score, summary
+
     print("\n".join(summary.summary_lines(outcomes, known, whole=args.all or bool(rules))))
     if rules:
         header, rows = summary.RULES_HEADER, summary.rule_rows(outcomes, rules)
@@ -109,11 +122,6 @@ def mutate(args: argparse.Namespace) -> int:
         if args.markdown:
             _write(args.markdown, "\n".join(markdown(header, rows)) + "\n")
     print("\n".join(["", *cause_score.score(outcomes, known).lines()]))
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    results = f"; results: {path}" if path else ""
-    print(f"\n{progress.seconds:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of CPU time{results}")
-    # Few backends keep the contract of the emulated XPU: an entry without one of them is no error there.
-    return _exit_code(args, [o for o in outcomes if not (device.emulated and o.outcome == "unasked")])
 
 
 def _exit_code(args: argparse.Namespace, outcomes: list[Any]) -> int:
