@@ -186,5 +186,16 @@ def test_modules_stay_small():
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
+def test_functions_stay_small():
+    lengths = {}
+    for path in (*modules("harness"), *modules("reference")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                doc = node.body[0] if ast.get_docstring(node) else None
+                of_doc = doc.end_lineno - doc.lineno + 1 if doc else 0
+                lengths[f"{name_of(path)}.{node.name}"] = node.end_lineno - node.lineno + 1 - of_doc
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
+
+
 def test_the_hall_stays_empty():
     assert len(list((ROOT / "harness").glob("*.py"))) <= 8
