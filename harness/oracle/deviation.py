@@ -31,9 +31,8 @@ from reference.activation import combine_gate_up, is_gated, split_gate_up
 from reference.formats import decode, fmt, ulp
 from reference.moe import Experts, Rounding, Values, activated_gate, forward, up_factor
 from reference.plan import Accumulator, RoundingPlan
-from reference.quant import code_step, near_tie, saturates
+from reference.quant import U32, code_step, near_tie, saturates
 
-U32 = 2.0**-24
 EPS_ACT = 2.0**-22  #: relative error of a device's exp, erf or tanh
 FLOAT32_OP = U32**2 / 6
 

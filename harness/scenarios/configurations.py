@@ -47,7 +47,7 @@ def batch_invariant(s: Session) -> None:
     declared, problem = s.backend.batch_invariant, s.case.problem
     if declared is False:
         raise Unsupported(f"scenario: {s.backend.name} does not declare batch_invariant")
-    if problem.quant is not None and problem.quant.activation == "tensor":
+    if problem.quant is not None and problem.quant.over_rows:
         raise Unsupported("quant: a dynamic per-tensor scale belongs to the whole batch")
     inputs = s.draw()
     if declared is True:

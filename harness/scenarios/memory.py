@@ -100,7 +100,7 @@ def padding_rows(s: Session) -> None:
     pads = torch.arange(problem.tokens, device=inputs.topk_ids.device) % 3 == 2
     pads[problem.tokens * 3 // 4 :] = True
     largest = float(inputs.hidden_states.abs().nan_to_num().amax())
-    per_tensor = problem.quant is not None and problem.quant.activation == "tensor"
+    per_tensor = problem.quant is not None and problem.quant.over_rows
     times = 8 if s.case.fill == "exact" else 11
     large = times * largest if per_tensor else torch.finfo(inputs.hidden_states.dtype).max
     nan = float("nan")

@@ -139,7 +139,7 @@ def refuse(condition: bool, reason: str) -> None:
 
 def batch_is_one(problem: Problem) -> bool:
     """Whether rows depend on each other: a dynamic per-tensor scale belongs to the whole batch."""
-    return problem.quant is not None and problem.quant.activation == "tensor"
+    return problem.quant is not None and problem.quant.over_rows
 
 
 def in_batch(problem: Problem) -> str:
