@@ -86,7 +86,7 @@ def test_every_fault_can_be_told_from_every_other():
         here = torch.tensor([place[n] for n in outs])
         differ = apart(o, [*outs.values(), right])
         seen = here[differ[:-1, -1]]
-        # Two faults are told apart as well where one can be seen, and the other is impossible.
+        # Two faults also differ where one of them can be made and the other cannot.
         others = torch.ones(len(seen), len(names), dtype=torch.bool)
         others[:, here] = differ[:-1, :-1][differ[:-1, -1]]
         told_apart[seen] |= others

@@ -1,4 +1,4 @@
-"""results/file.py and results/summary.py: what is written is read back, and the whole text of the table."""
+"""results/file.py and results/summary.py: records are read back as written; the whole text of the table."""
 
 import json
 
