@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 WIDTH = 120
+#: What a terminal or the log of a CI job obeys or hides: control characters but tab and newline, marks of direction,
+#: separators of lines, surrogates, and the two forms of GitHub's commands, "##[...]" and a line that begins with "::".
+_HOSTILE = re.compile(
+    r"([\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff])"
+    r"|##(?=\[)|^[^\S\n\x0b-\x1f\x85\u2028\u2029]*(?=::)",
+    re.MULTILINE,
+)
 
 
 def share(budget: float) -> str:
@@ -26,6 +35,32 @@ def duration(seconds: float) -> str:
 
 
 def cut(line: str, width: int = WIDTH) -> str:
-    """Text as one line, cut to the width."""
-    line = " ".join(line.splitlines())
+    """Text as one inert line, cut to the width."""
+    line = inert(" ".join(line.splitlines()))
     return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def inert(text: str) -> str:
+    """Text without a meaning for terminals and for CI: control characters as visible escapes, commands disarmed.
+
+    "\\x1b[31m" is shown as such, "##[error]" becomes "##\\[error]", a line "::error::" becomes "\\::error::". Newlines and
+    tabs stay. Inert text stays as it is.
+    """
+    return _HOSTILE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    if match[1] is None:  # the head of a command
+        return f"{match[0]}\\"
+    code = ord(match[1])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def shortened(text: str, limit: int, tail: int = 0) -> str:
+    """Inert text of at most `limit` characters: its head and its last `tail` characters, and how many are left out."""
+    text = inert(text)
+    if len(text) <= limit:
+        return text
+    head = limit - tail - 40  # room for the words between
+    more = f"... {len(text) - head - tail} characters more"
+    return text[:head] + (f"\n{more}\n{inert(text[-tail:])}" if tail else more)

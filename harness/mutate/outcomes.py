@@ -16,7 +16,7 @@ from harness.base.processes import ROOT
 from harness.mutate import bugs
 from harness.mutate.bugs import Bug
 from harness.mutate.protocol import MutantRun, Settings
-from harness.results.file import Results, git_commit, read_results
+from harness.results.file import SCHEMA, JsonLines, read_results
 
 #: The outcomes of a bug and of a control (correct variant): of each pair, the first if a case noticed it.
 BUG_OUTCOMES = ("killed", "survived")
@@ -106,7 +106,7 @@ class OutcomesFile:
         records = read_results(path)[0] if path and path.exists() else []
         self._records = {record["digest"]: record for record in records if "mutant" in record}
         self._device = device
-        self._file = Results(path, git_commit(ROOT)) if path else None
+        self._file = JsonLines(path) if path else None
 
     def get(self, digest: str) -> Outcome | None:
         """Return the stored outcome with this digest, if there is one."""
@@ -115,7 +115,7 @@ class OutcomesFile:
 
     def append(self, outcome: Outcome) -> None:
         if self._file:
-            self._file.append({"device": self._device, **outcome.record()})
+            self._file.write({"schema": SCHEMA, "device": self._device, **outcome.record()})
 
     def close(self) -> None:
         if self._file:

@@ -92,6 +92,8 @@ class _Reader:
             record = _parsed(line[line.rfind(START) :]) if line.rfind(START) > 0 else None
             if record is None:
                 return None
+        if record.get("kind", "verdict") != "verdict":
+            return None
         schema = record.get("schema")
         if type(schema) is not int or not 1 <= schema <= SCHEMA:
             self.unknown[json.dumps(schema)] += 1

@@ -5,9 +5,11 @@ Every set of statuses stands here.
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+from harness.base.text import shortened
+from harness.results.bounds import TEXT, bounded
 
 #: What a statistic of oracle/judge.py means, for the reader of a failure.
 STATISTICS = {
@@ -27,6 +29,10 @@ FAILED = ("failed", "crashed", "hung")
 JUDGED = ("passed", "failed", "mistrusted")
 NOT_EXECUTED = ("unsupported",)
 ENDS = ("crashed", "hung")  #: failures that may end the process
+
+#: Characters of a record's texts, at most; of all other texts: bounds.TEXT.
+REASON, REPORT, OUTPUT, NOTE = 500, 64_000, 8_000, 500
+NOTES = 20  #: notes of a record, at most
 
 
 @dataclass
@@ -55,6 +61,9 @@ class Verdict:
     spec: str = ""  #: how --backend named the backend: a name, or package.module:object
     error_type: str = ""  #: of a crash: the class name of the exception, such as "NameError"
     device_lost: bool = False  #: of a crash: nothing after it can run in this process
+    output: str = ""  #: what the backend printed during the case, cut
+    #: what else happened: a thread or process left behind, an import that changed os.environ
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -76,12 +85,12 @@ class Verdict:
         return f"python3 -m harness run {self.case} --backend {self.spec or self.backend} --device {device}"
 
     def record(self) -> dict[str, Any]:
-        """JSON-ready: infinities become the string "inf"."""
-        record = asdict(self) | {"reproduce": self.reproduce}
-        record["budget"] = _finite(self.budget)
-        record["budgets"] = {name: _finite(used) for name, used in self.budgets.items()}
-        return record
-
-
-def _finite(used: float) -> float | str:
-    return used if math.isfinite(used) else "inf"
+        """JSON-ready, inert and bounded: infinities become the string "inf", long texts are cut."""
+        record: dict[str, Any] = bounded({**self.__dict__, "reason": "", "report": "", "output": "", "notes": []}, TEXT)
+        record["reason"] = shortened(self.reason, REASON)
+        record["report"] = shortened(self.report, REPORT, tail=REPORT // 4)
+        record["output"] = shortened(self.output, OUTPUT, tail=OUTPUT // 2)
+        record["notes"] = [shortened(note, NOTE) for note in self.notes[:NOTES]]
+        if len(self.notes) > NOTES:
+            record["notes"][-1] = f"and {len(self.notes) - NOTES + 1} notes more"
+        return record | {"reproduce": shortened(self.reproduce, 3 * TEXT)}

@@ -42,7 +42,7 @@ def write(tmp_path, monkeypatch):
         monkeypatch.setenv(matrix.ROW, row)
         monkeypatch.setenv(matrix.SHARD, shard)
         path = tmp_path / "results" / f"{name or row}-{shard[0]}.jsonl"
-        file = Results(path, "abc")
+        file = Results(path, {"commit": "abc"})
         for tokens, status in enumerate(statuses, first):
             found = Verdict(f"t{tokens}-h64", backend, device, status, "layers", reason if status != "passed" else "")
             file.append(found.record())

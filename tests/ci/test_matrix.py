@@ -168,7 +168,7 @@ def ran(monkeypatch):
         found.append((words, env))
         for word in words:
             if word.startswith("--results="):
-                file = Results(Path(word.partition("=")[2]), "abc")
+                file = Results(Path(word.partition("=")[2]), {"commit": "abc"})
                 file.common |= {"row": env["MOE_HARNESS_ROW"]}
                 for record in found.records:
                     file.append(record)

@@ -237,7 +237,7 @@ def test_verify_is_one_pytest_a_device_and_gives_the_worst_code(monkeypatch, cap
 
 
 def test_floor_prints_a_file(tmp_path, capsys):
-    file = Results(tmp_path / "r.jsonl", "abc")
+    file = Results(tmp_path / "r.jsonl", {"commit": "abc"})
     for _ in range(10):
         file.append(Verdict(CASE, "triton", "cpu", "passed").record())
     file.close()

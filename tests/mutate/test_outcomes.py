@@ -61,7 +61,7 @@ def test_records_come_back_as_they_were_written(tmp_path):
     file = outcomes.OutcomesFile(tmp_path / "r.jsonl", "cpu")
     file.append(stored)
     file.close()
-    other = Results(tmp_path / "r.jsonl", "commit")  # verdicts of another command in the same file
+    other = Results(tmp_path / "r.jsonl", {"commit": "commit"})  # verdicts of another command in the same file
     other.append({"case": "t1", "status": "passed"})
     other.close()
     again = outcomes.OutcomesFile(tmp_path / "r.jsonl", "cpu")

@@ -252,7 +252,7 @@ def test_series_that_are_easy_to_judge(series, at):
 
 # -- the command ------------------------------------------------------------------------------------------------------
 def test_the_command_writes_one_page(tmp_path, capsys):
-    file = Results(tmp_path / "r.jsonl", "abc")
+    file = Results(tmp_path / "r.jsonl", {"commit": "abc"})
     file.append(Verdict("t1-h64-i64-e4-k2-bf16-exact", "triton", "cpu", "passed", "layers").record())
     file.close()
     out = tmp_path / "page.html"

@@ -23,7 +23,7 @@ def write(path, *records):
 
 
 def test_what_the_harness_writes_is_read(tmp_path):
-    file = Results(tmp_path / "r.jsonl", "abc")
+    file = Results(tmp_path / "r.jsonl", {"commit": "abc"})
     file.append(Verdict("t1-h64", "triton", "cpu", "failed", budget=float("inf")).record())
     file.close()
     found, remarks = merge([tmp_path / "r.jsonl"])

@@ -22,7 +22,7 @@ def verdict(status, backend="triton", family="layers", reason="", budget=0.0, de
 def test_runs_are_appended_and_read_back(tmp_path):
     path = tmp_path / "new" / "r.jsonl"
     for status in ("passed", "failed"):
-        file = Results(path, "abc")
+        file = Results(path, {"commit": "abc"})
         file.append(verdict(status, budget=float("inf")))
         assert path.read_text().endswith("\n")  # at once, not when the file is closed
         file.close()
@@ -41,11 +41,11 @@ def test_runs_are_appended_and_read_back(tmp_path):
 
 def test_a_line_that_was_cut_is_left_out_and_does_not_spoil_the_next(tmp_path):
     path = tmp_path / "r.jsonl"
-    file = Results(path, "abc")
+    file = Results(path, {"commit": "abc"})
     file.append(verdict("passed"))
     file.close()
     path.write_text(path.read_text() + '{"schema": 1, "case": "t1-')
-    file = Results(path, "abc")
+    file = Results(path, {"commit": "abc"})
     file.append(verdict("failed"))
     file.close()
     found, remarks = read_results(path)
@@ -60,7 +60,7 @@ def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(ResultsError, match=r"old:1: schema=0: this version reads 1 and 2"):
         read_results(tmp_path / "old")
     with pytest.raises(ResultsError, match="--results .*: Is a directory"):
-        Results(tmp_path, "abc")
+        Results(tmp_path, {"commit": "abc"})
 
 
 def test_a_backend_that_is_not_registered_is_reproduced_by_its_spec():
