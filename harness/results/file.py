@@ -7,6 +7,7 @@ records are in memory as well, and the file is verified at the end.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -217,13 +218,28 @@ def read_results(path: Path) -> tuple[Records, list[str]]:
 def git_commit(directory: Path) -> str:
     """The git commit of a checkout, with "+changes" if its files differ from it; "unknown" without git."""
     try:
-        commit, changes = [
-            subprocess.run(["git", *command], cwd=directory, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
+        commit = _git(directory, "rev-parse", "HEAD").decode().strip()
+        changed = _git(directory, "status", "--porcelain", "--untracked-files=no").strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + ("+changes" if changes else "")
+    return commit + ("+changes" if changed else "")
+
+
+def git_changes(directory: Path) -> str:
+    """A digest of what a checkout has beside its commit: changed files, and new Python files; "" if nothing."""
+    try:
+        changes = _git(directory, "diff", "HEAD", "--binary")
+        new = _git(directory, "ls-files", "-z", "--others", "--exclude-standard", "--", "*.py").split(b"\0")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    for name in filter(None, new):
+        path = directory / os.fsdecode(name)
+        changes += name + b"\0" + (path.read_bytes() if path.is_file() else b"")
+    return hashlib.sha256(changes).hexdigest()[:16] if changes else ""
+
+
+def _git(directory: Path, *words: str) -> bytes:
+    return subprocess.run(["git", *words], cwd=directory, capture_output=True, check=True).stdout
 
 
 def now() -> str:
