@@ -1,8 +1,9 @@
-"""One addition to argparse: positional arguments after options."""
+"""Additions to argparse: checked types, and positional arguments after options."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 
@@ -24,3 +25,14 @@ def positionals_after_options(parser: argparse.ArgumentParser, name: str) -> Non
         return args, [word for word in unknown if word.startswith("-")]
 
     parser.parse_known_args = parse_known_args  # type: ignore
+
+
+def seconds(text: str) -> float:
+    """The argparse type of a time limit: 0 or more seconds, finite. ArgumentTypeError: it is something else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: seconds, 0 or more")
+    return value

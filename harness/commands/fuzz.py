@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from harness.base.arguments import seconds
 from harness.base.errors import UserError
 from harness.device import DEVICES, ready
 
@@ -25,6 +26,7 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument(
         "--bytes", metavar="SIZE", help=f"most bytes of a problem's weights and batch ({ON_GPU}; on the cpu {ON_CPU})"
     )
+    sub.add_argument("--case-timeout", type=seconds, default=120, metavar="SECONDS", help="of the backend (120)")
     sub.add_argument("--seed", type=int, metavar="N", help="the same problems again (random, and printed)")
     sub.add_argument("--sequences", action="store_true", help="small problems, each with sequences of calls")
 
@@ -58,7 +60,7 @@ def fuzz(args: argparse.Namespace) -> int:
     again += " --sequences" if args.sequences else ""
     print(f"moe-harness: {backend.name} on {device}, seed {seed}", flush=True)
     try:
-        with IsolatedRunner(args.backend, device) as runner:
+        with IsolatedRunner(args.backend, device, args.case_timeout) as runner:
             result = search(
                 runner, SEQUENCES if args.sequences else Space(), seed=seed, seconds=args.seconds, most=most,
                 examples=args.examples, progress=_progress,

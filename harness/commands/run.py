@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from harness import backend as backends
 from harness import device as devices
+from harness.base.arguments import seconds
 from harness.base.errors import UserError
 from harness.base.table import labelled
-from harness.base.text import number, share
+from harness.base.text import inert, number, share, shortened
 from harness.commands import parse_case
 from harness.device import DEVICES, DeviceLost, ready
 from harness.problem.case import Case
 from harness.problem.words import in_words
 from harness.results import known_failures
-from harness.results.verdict import GREEN, Verdict
+from harness.results.verdict import GREEN, OUTPUT, REPORT, Verdict
 from harness.run.case import run_case
+from harness.run.supervisor import LIMIT, Supervisor
 
 
 def register(add: Callable[..., Any]) -> None:
@@ -31,10 +32,12 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu)")
     sub.add_argument("--seeds", type=int, default=1, metavar="N", help="N seeds, from the descriptor's own on (1)")
     sub.add_argument("--json", action="store_true", help="one JSON record a verdict, and nothing else")
+    sub.add_argument("--case-timeout", type=seconds, default=LIMIT, metavar="SECONDS", help=f"of the backend ({LIMIT:g})")
+    sub.add_argument("--in-process", action="store_true", help="in this process, for a debugger")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if every verdict is green, otherwise 1; UserError if the arguments cannot be used."""
+    """0 if every verdict is green, otherwise 1; UserError if the arguments cannot be used, or the device is lost."""
     case = parse_case(args.descriptor)
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: 1 or more")
@@ -48,22 +51,26 @@ def run(args: argparse.Namespace) -> int:
         print("xpu is EMULATED on the CPU by Triton's interpreter, nothing runs on an XPU:", devices.why_absent("xpu"))
     entries = known_failures.read()
     counts: Counter[str] = Counter()
-    for seed in range(case.seed, case.seed + args.seeds):
-        seeded = case.change(seed=seed)
-        if counts and not args.json:
-            print()
-        try:
-            verdict = run_case(seeded, backend, device, spec=args.backend)
+    with Supervisor([device], args.case_timeout, loaded={args.backend: backend}) as supervisor:
+        for seed in range(case.seed, case.seed + args.seeds):
+            seeded = case.change(seed=seed)
+            if counts and not args.json:
+                print()
+            try:
+                if args.in_process:
+                    verdict = run_case(seeded, backend, device, spec=args.backend)
+                else:
+                    verdict = supervisor.run(seeded, args.backend, device, name=backend.name)
+            except DeviceLost as error:
+                raise UserError(f"the device is lost: {error}") from error
             known = known_failures.covering(entries, seeded, backend.name, str(device))
             verdict.known = known_failures.explanation(verdict, known)
-        except DeviceLost as error:
-            print(f"moe-harness: the device is lost: {error}", file=sys.stderr)
-            return 1
-        if args.json:
-            print(json.dumps(verdict.record() | {"environment": devices.environment(device)}, default=str), flush=True)
-        else:
-            print("\n".join(_lines(seeded, verdict)), flush=True)
-        counts[verdict.status] += 1
+            record = verdict.record()
+            if args.json:
+                print(json.dumps(record | {"environment": devices.environment(device)}, default=str), flush=True)
+            else:
+                print("\n".join(map(inert, _lines(seeded, verdict))), flush=True)
+            counts[verdict.status] += 1
     if args.seeds > 1 and not args.json:
         print(f"\n{args.seeds} seeds: {', '.join(f'{n} {status}' for status, n in counts.items())}")
     return 0 if set(counts) <= set(GREEN) else 1
@@ -78,14 +85,17 @@ def _lines(case: Case, verdict: Verdict) -> list[str]:
         f"{verdict.status}{not_run}{': ' + verdict.reason if verdict.reason else ''}",
         *labelled([*_measured(verdict), *_traced(verdict)]),
     ]
-    details = verdict.details.splitlines()
+    details = shortened(verdict.details, REPORT, REPORT // 4).splitlines()
     lines += ["", *details] if details else []
+    lines += ["", "It printed:", *shortened(verdict.output, OUTPUT, OUTPUT // 2).splitlines()] if verdict.output else []
     return lines if verdict.green or lines[-1] == verdict.reproduce else [*lines, "", verdict.reproduce]
 
 
 def _measured(verdict: Verdict) -> Iterator[tuple[str, str]]:
     if verdict.known:
         yield "known", verdict.known
+    for note in verdict.notes:
+        yield "note", note
     if not verdict.calls:
         return
     yield "judged", f"{number(verdict.calls, 'call')} in {verdict.seconds:.2f} s, oracle included"

@@ -1,10 +1,11 @@
 """The pytest plugin (conftest.py: pytest_plugins = ["harness.plugin"]): one item for each case, device and backend.
 
-    -m / --device -> devices -> harness.device.start -> items (pytest_generate_tests) -> check() -> run_case
+    -m / --device -> devices -> harness.device.start -> items (pytest_generate_tests) -> check() -> the worker: run_case
        -> verdict in the report's user_properties -> the controller: results file, table, floor
 
 Public: the name `harness.plugin`, the options, the marks and the fixture `check`. selection.py chooses the devices,
-process.py makes the items, verdicts.py runs one, controller.py collects the verdicts. Under pytest-xdist every worker
+process.py makes the items, verdicts.py runs one, plan.py lists all, controller.py collects the verdicts. Every process
+of pytest runs its cases in a worker process of its own (run/supervisor.py). Under pytest-xdist every one of its workers
 chooses devices and makes items exactly as a single process does.
 """
 
@@ -19,7 +20,9 @@ from typing import Any
 import pytest
 
 from harness import device as devices
+from harness.base.arguments import seconds
 from harness.base.errors import UserError
+from harness.base.text import shortened
 from harness.device import DEVICES
 from harness.plugin.items import is_timing, marks_of
 from harness.plugin.process import KEY, Process
@@ -29,6 +32,7 @@ from harness.plugin.verdicts import check_item
 from harness.problem import families
 from harness.problem.case import FILLS, DescriptorError
 from harness.results import known_failures
+from harness.results.verdict import OUTPUT
 
 GPU_WORKERS = 12  #: processes that share a GPU by default
 
@@ -47,7 +51,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--ledger", type=Path, default=known_failures.LEDGER, metavar="PATH", help="known failures (cases/ledger.toml)")
     add("--shard", metavar="I/N", help="only the I-th of N parts of the items, of about the same duration")
     add("--durations-from", type=Path, metavar="PATH", help="with --shard: past durations, or a results file")
-    add("--case-timeout", type=float, default=300, metavar="SECONDS", help="a case's time limit (300; 0: none)")
+    add("--continue", dest="continue_run", type=Path, metavar="RESULTS", help="go on with the last run of this file")
+    add("--case-timeout", type=seconds, default=300, metavar="SECONDS", help="of a backend for a case (300; 0: no limit)")
+    add("--in-process", action="store_true", help="run cases in pytest's process: no case survives a crash of another")
+    add("--outputs", type=Path, metavar="DIR", help="keep the whole of what failing cases print, a file each")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads its options
@@ -101,7 +108,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     process = config.stash.get(KEY, None)
     if process is None:
         return
-    process.stderr.close()
+    process.close()
     if process.controller:
         process.controller.close()
 
@@ -143,9 +150,16 @@ def _is_placeholder(item: pytest.Item) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     placeholders = [item for item in items if _is_placeholder(item)]
-    if placeholders:
-        config.hook.pytest_deselected(items=placeholders)
-        items[:] = [item for item in items if item not in placeholders]
+    done = config.stash[KEY].done
+    left_out = [*placeholders, *(item for item in items if item.nodeid in done)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[KEY].collected(session.items)
 
 
 # -- one item ---------------------------------------------------------------------------------------------------------
@@ -164,6 +178,15 @@ def check(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     yield run
     if not called:
         pytest.fail("the test never called check(): it proves nothing", pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Cut what a case printed in this process, and make it safe for the log of CI."""
+    report = yield
+    if "check" in getattr(item, "fixturenames", ()):
+        report.sections = [(name, shortened(text, OUTPUT, tail=OUTPUT // 2)) for name, text in report.sections]
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)

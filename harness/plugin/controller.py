@@ -1,7 +1,6 @@
 """The process that receives every report: it keeps the verdicts, writes the results file, prints the table.
 
-Under pytest-xdist a dying worker cannot report. Before each case it writes a note, a file with the verdict that the
-controller records if the worker dies.
+A run has a plan, the items that were collected, and an end. An item of the plan without a verdict makes the run red.
 """
 
 from __future__ import annotations
@@ -11,74 +10,85 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.base.processes import ROOT
+from harness.base.text import number
 from harness.device import DEVICES
+from harness.plugin.plan import PLAN, Begin, read_plan
 from harness.plugin.selection import MarkExpression, Selection
 from harness.results import summary
-from harness.results.file import Record, Results, git_commit
+from harness.results.continued import Continued
+from harness.results.file import PlannedItem, Record, Results
 from harness.results.floor import read_floor, shortfalls
+from harness.results.verdict import FAILED
 
 VERDICT = "moe_verdict"  #: the user property of a report that carries a verdict
+NOT_CHECKED = "The floor is for whole runs, not for a selection"
+MOST = 5  #: items without a verdict that are named
 
 
 class Controller:
-    """A pytest plugin of the one process that is not a worker. ResultsError: --floor or --results cannot be used."""
+    """A pytest plugin of the one process that is not a worker of pytest-xdist.
+
+    begin: the facts of the run; continued: the run that --continue goes on with. UserError: --floor or --results cannot
+    be used.
+    """
 
     def __init__(
-        self, config: pytest.Config, selection: Selection, missed: Counter[tuple[str, str, str]], backends: list[str]
-    ) -> None:
+        self, config: pytest.Config, selection: Selection, missed: Counter[tuple[str, str, str]], backends: list[str],
+        begin: Begin, continued: Continued | None,
+    ) -> None:  # fmt: skip
         self.config, self.option = config, config.option
         self.selection, self.missed = selection, missed
         self.backends = backends  #: the names of those that --backend selects, if any
+        self.continued = continued
         self.started = time.perf_counter()
         self.lost = ""  #: why nothing can run in this process any more
-        self.records: list[Record] = []
-        self.notes = ""  #: the directory of the workers' notes
-        self.shortfalls: list[str] = []
+        self.records: dict[str, Record] = {}  #: by pytest id
+        self.planned: dict[str, PlannedItem] | None = None
+        self.folder = ""  #: where the workers of pytest-xdist leave their plan
+        self.problems: list[str] = []
         self.floor: dict[str, dict[str, int]] = {}
         self.results: Results | None = None
         if self.option.collectonly:
             return
         self.floor = read_floor(self.option.floor) if self.option.floor else {}
-        if self.option.results:
-            self.results = Results(self.option.results, git_commit(ROOT))
+        if continued:
+            self.records = dict(continued.records)
+            self.results = Results(continued.path, begin(self._selected()), run=continued.run)
+        elif self.option.results:
+            self.results = Results(self.option.results, begin(self._selected()))
 
     def close(self) -> None:
-        if self.results:
-            self.results.close()
-        if self.notes:
-            shutil.rmtree(self.notes)
+        """Remove the files of the workers."""
+        if self.folder:
+            shutil.rmtree(self.folder)
 
     def record(self, record: Record) -> None:
         """Keep a record, and append it to the results file."""
-        self.records.append(record)
+        self.records[record["nodeid"]] = record
         if self.results:
             self.results.append(record)
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call":
-            for name, value in report.user_properties:
-                if name == VERDICT:
-                    self.record(json.loads(str(value)))
-        elif report.when not in ("setup", "teardown"):  # xdist's report of a worker that died
-            for record in self._noted(report):
-                self.record(record)
+    def plan(self, items: list[PlannedItem]) -> None:
+        """Keep the items of the run, and write them into the results file."""
+        self.planned = {item.nodeid: item for item in items}
+        if self.results:
+            self.results.plan(items)
 
-    def _noted(self, report: pytest.TestReport) -> Iterator[Record]:
-        """The record, from a worker's note, of the case that it was running when it died."""
-        for path in Path(self.notes).glob("*.json") if self.notes else ():
-            words = json.loads(path.read_text())
-            if words["nodeid"] == report.nodeid:
-                record = words["record"]
-                if "started" in words and time.time() - words["started"] < self.option.case_timeout:
-                    record |= {"status": "crashed", "reason": f"the process died: {report.longrepr}"}
-                yield record
+    # -- hooks --------------------------------------------------------------------------------------------------------
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call":
+            return
+        for record in [json.loads(str(value)) for name, value in report.user_properties if name == VERDICT]:
+            self.record(record)
+            if record["nodeid"] != report.nodeid:  # of an earlier case, whose report said that it passed
+                text = f"{record['reason']}\n{record['reproduce']}"
+                failed = pytest.TestReport(record["nodeid"], report.location, {}, "failed", text, "call")
+                self.config.hook.pytest_runtest_logreport(report=failed)
 
     def pytest_runtest_logfinish(self) -> None:
         # Not in the test itself: its report is counted first.
@@ -87,23 +97,17 @@ class Controller:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker, before xdist starts it, where its note goes."""
-        self.notes = self.notes or tempfile.mkdtemp(prefix="moe-harness-")
-        node.workerinput["moe_notes"] = self.notes
-        send = node.sendcommand
+        """Tell a worker of pytest-xdist, before it starts, where its plan goes and what has a verdict already."""
+        if not self.folder:
+            self.folder = tempfile.mkdtemp(prefix="moe-harness-")
+        node.workerinput[PLAN] = self.folder
+        node.workerinput["moe_done"] = list(self.continued.records) if self.continued else []
 
-        def sendcommand(name: str, **words: object) -> None:
-            """Send a command to a worker that may have died a moment ago.
-
-            Its death arrives later as an event, and its tests go to other workers. Without this the OSError ends the
-            whole run (pytest-xdist issue 204).
-            """
-            try:
-                send(name, **words)
-            except OSError as error:
-                node.log(f"{name}: the worker is dead: {error}")
-
-        node.sendcommand = sendcommand
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any) -> None:
+        """Take the plan from the first worker that has collected: all collect the same items."""
+        if self.planned is None:
+            self.plan(read_plan(Path(self.folder), node.gateway.id))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
@@ -111,21 +115,46 @@ class Controller:
         for *key, n in getattr(node, "workeroutput", {}).get("moe_missed", []):
             self.missed[tuple(key)] = n
 
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if not self.floor:
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.option.collectonly:
             return
-        if chosen := self._selected(backends=False):
-            self.shortfalls = [f"The floor is for whole runs, not for a selection ({chosen}): it was not checked."]
-            return
-        on = [str(device) for device in self.selection.devices]
-        self.shortfalls = shortfalls(self.floor, self.records, on, self.backends)
-        if self.shortfalls and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        self.problems = self._without_verdict() + self._below_floor()
+        red = any(not line.startswith(NOT_CHECKED) for line in self.problems)
+        if self.continued and any(record["status"] in FAILED for record in self.continued.records.values()):
+            red = True  # of the part that ran before
+        good = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+        if self.continued and self.planned == {} and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+            session.exitstatus = pytest.ExitCode.OK  # nothing was left to run
+        if red and session.exitstatus in good:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if self.results:
+            lost = self.results.end(int(session.exitstatus), time.perf_counter() - self.started)
+            self.problems += lost
+            if lost and session.exitstatus in good:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _without_verdict(self) -> list[str]:
+        missing = [nodeid for nodeid in self.planned or {} if nodeid not in self.records]
+        if not missing:
+            return []
+        more = [f"  and {len(missing) - MOST} more"] if len(missing) > MOST else []
+        return [f"{number(len(missing), 'case')} of the plan without a verdict:"] + [
+            f"  {nodeid}" for nodeid in missing[:MOST]
+        ] + more
+
+    def _below_floor(self) -> list[str]:
+        if not self.floor:
+            return []
+        if chosen := self._selected(backends=False):
+            return [f"{NOT_CHECKED} ({chosen}): it was not checked."]
+        on = [str(device) for device in self.selection.devices]
+        return shortfalls(self.floor, list(self.records.values()), on, self.backends)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         remarks = list(self.selection.remarks)
         lines = summary.render(
-            self.records,
+            list(self.records.values()),
             [summary.Missing(*key, n) for key, n in sorted(self.missed.items())],
             remarks,
             self._selected() if self.records else "",
@@ -133,7 +162,7 @@ class Controller:
             seconds=time.perf_counter() - self.started,
             short=self.option.verbose < 0,
         )
-        lines += self.shortfalls
+        lines += self.problems
         if self.option.collectonly:
             lines = remarks
         if lines:

@@ -1,14 +1,12 @@
-"""The state of one process of a run: its devices, its backends, its items, its note to the controller."""
+"""The state of one process of a run: its devices, its backends, its items, its worker."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,10 +19,27 @@ from harness.base.errors import UserError
 from harness.device import Device
 from harness.plugin.controller import Controller
 from harness.plugin.items import ItemParams, is_timing, marks_of, may_run
+from harness.plugin.plan import PLAN, begin_record, planned, write_plan
 from harness.plugin.selection import MarkExpression, select_devices
 from harness.problem import families
 from harness.problem.case import Case
 from harness.results import known_failures
+from harness.results.continued import Continued
+from harness.results.continued import continued as continue_run
+from harness.results.verdict import Verdict
+from harness.run.supervisor import Supervisor
+
+
+#: `-p no:moe-harness-isolation` keeps one process, as --in-process does.
+ISOLATION = "moe-harness-isolation"
+
+
+def runs_in_process(config: pytest.Config) -> bool:
+    """Whether cases run in this process: for a debugger, for output as it comes, for pytest-benchmark's timing."""
+    option = config.option
+    if option.usepdb or getattr(option, "trace", False) or option.capture == "no" or is_timing(option.markexpr):
+        return True
+    return option.in_process or config.pluginmanager.is_blocked(ISOLATION)
 
 
 class Process:
@@ -49,14 +64,27 @@ class Process:
         if self.worker and self.worker["workercount"] > 1:
             torch.set_num_threads(1)  # the workers share the cores: more threads would only wait for each other
         self.stderr = os.fdopen(os.dup(2), "w")  # before pytest captures file descriptor 2: it reaches the terminal
+        self.in_process = runs_in_process(config)
+        self._supervisor: Supervisor | None = None
+        self.blamed: list[Verdict] = []  #: on earlier cases, which ended the worker in a later one
+        self.nodeids: dict[tuple[str, str, str], str] = {}  #: of the items that ran, by (case, backend, device)
         #: how many cases a backend could not run on a device, by (backend, device, reason)
         self.missed: Counter[tuple[str, str, str]] = Counter()
         self._backends: list[tuple[str, Any]] = []
         self.known_failures = known_failures.read(option.ledger)
         if option.backend:
             self._require_usable()
-        names = [backend.name for _, backend in self._backends]
-        self.controller = None if self.worker else Controller(config, self.selection, self.missed, names)
+        named = self.backends() if option.backend else []
+        begin = partial(begin_record, config, self.selection.devices, named)
+        continued: Continued | None = None
+        if option.continue_run and not self.worker:
+            continued = continue_run(option.continue_run, begin(""))
+        #: the items that have a verdict already, by pytest id
+        self.done = set(self.worker["moe_done"] if self.worker else continued.records if continued else ())
+        names = [backend.name for _, backend in named]
+        self.controller: Controller | None = None
+        if not self.worker:
+            self.controller = Controller(config, self.selection, self.missed, names, begin, continued)
 
     def backends(self) -> list[tuple[str, Any]]:
         """(spec, backend) of every backend, loaded at the first call: tests that run no case need no kernels."""
@@ -122,22 +150,36 @@ class Process:
                     on.append(device)
         return cases
 
-    def note(self, **words: Any) -> None:
-        """Write a worker's note: what the controller records if the worker dies before it reports."""
+    def collected(self, items: list[pytest.Item]) -> None:
+        """Tell the controller which items will run; it may be another process, of pytest-xdist."""
         if self.worker:
-            path = Path(self.worker["moe_notes"]) / f"{self.worker['workerid']}.json"
-            draft = path.with_suffix(f".{threading.get_ident()}")  # the watchdog's thread may write too
-            draft.write_text(json.dumps(words))
-            draft.replace(path)  # whole or not at all: another worker's death makes the controller read every note
+            write_plan(Path(self.worker[PLAN]), self.worker["workerid"], items)
+        elif self.controller and not self.config.option.collectonly:
+            self.controller.plan(planned(items))
 
-    def end_process(self, record: dict[str, Any]) -> NoReturn:
+    # -- running a case -----------------------------------------------------------------------------------------------
+    @property
+    def supervisor(self) -> Supervisor:
+        """The supervisor of this process's worker; made when it is first needed, once the backends are loaded."""
+        if self._supervisor is None:
+            self._supervisor = Supervisor(
+                self.selection.devices, self.config.option.case_timeout, threads=0, loaded=dict(self._backends),
+                outputs=self.config.option.outputs, blame=self.blamed.append, forks=not self.in_process,
+            )  # fmt: skip
+        return self._supervisor
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._supervisor is not None:
+            self._supervisor.close()
+        self.stderr.close()
+
+    def end(self, record: dict[str, Any]) -> NoReturn:
         """Record and print a verdict after which this process cannot go on, and exit, whatever else is stuck."""
-        self.note(nodeid=record["nodeid"], record=record)
-        text = f"\n{record['status']}: {record['reason']}\n{record['reproduce']}\n"
         if self.controller:
             self.controller.record(record)
-            text += "This ended the whole run; with pytest-xdist, -n 1 goes on in a new process.\n"
-        self.stderr.write(text)
+        self.stderr.write(f"\n{record['status']}: {record['reason']}\n{record['reproduce']}\n")
+        self.stderr.write("This ended the whole run: its cases share one process (-s, --pdb, --in-process, perf).\n")
         self.stderr.flush()
         os._exit(1)
 

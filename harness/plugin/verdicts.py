@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from harness.backend import BackendError
 from harness.base.time_limit import time_limit
 from harness.device import DeviceLost
 from harness.perf.timing.benchmark import run_timed
@@ -20,16 +18,16 @@ from harness.results import known_failures
 from harness.results.known_failures import KnownFailure
 from harness.results.verdict import ENDS, FAILED, Verdict
 from harness.run.case import run_case
-from harness.run.isolated import IsolatedRunner
 
 
-def _verdict(params: ItemParams, known: list[KnownFailure], benchmark: Any) -> Verdict:
+def _verdict(process: Process, params: ItemParams, known: list[KnownFailure], benchmark: Any) -> Verdict:
     if benchmark is not None:
         return run_timed(params, benchmark)
-    if any(entry.status in ENDS for entry in known):
-        with IsolatedRunner(params.spec, params.device, forks=False) as runner:  # the known failure would end ours
-            return replace(runner.run(params.case), family=params.family, backend=params.backend.name)
-    return run_case(params.case, params.backend, params.device, params.family, params.spec)
+    ends = any(entry.status in ENDS for entry in known)
+    if process.in_process and not ends:  # a known failure would end ours
+        return run_case(params.case, params.backend, params.device, params.family, params.spec)
+    name = params.backend.name
+    return process.supervisor.run(params.case, params.spec, params.device, params.family, name, known=ends)
 
 
 def check_item(process: Process, params: ItemParams, node: pytest.Item, benchmark: Any) -> None:
@@ -38,41 +36,45 @@ def check_item(process: Process, params: ItemParams, node: pytest.Item, benchmar
     benchmark: pytest-benchmark's fixture, or None; with it, a case that passes is timed as well.
     """
 
-    def record_of(verdict: Verdict) -> dict[str, Any]:
-        return verdict.record() | {"environment": environment(params.device), "nodeid": node.nodeid}
+    def record_of(verdict: Verdict, nodeid: str = node.nodeid) -> dict[str, Any]:
+        return verdict.record() | {"environment": environment(params.device), "nodeid": nodeid}
 
+    process.nodeids[str(params.case), params.backend.name, str(params.device)] = node.nodeid
     blank = Verdict(str(params.case), params.backend.name, str(params.device), "hung", params.family, spec=params.spec)
+    known = known_failures.covering(process.known_failures, params.case, params.backend.name, str(params.device))
     seconds = process.config.option.case_timeout
     hung = record_of(replace(blank, reason=f"no answer in {seconds:g} s (--case-timeout)", seconds=seconds))
-    process.note(nodeid=node.nodeid, started=time.time(), record=hung)
-    lost = ""
-    known = known_failures.covering(process.known_failures, params.case, params.backend.name, str(params.device))
-    with time_limit(seconds, lambda: process.end_process(hung), process.stderr):
+    limit = seconds if process.in_process and not process.config.option.usepdb else 0.0
+    with time_limit(limit, lambda: process.end(hung), process.stderr):
         try:
-            verdict = _verdict(params, known, benchmark)
-            if verdict.status in FAILED:
+            verdict = _verdict(process, params, known, benchmark)
+            if process.in_process and verdict.status in FAILED:
                 params.device.synchronize()  # raises DeviceLost if the failure took the device with it
-            verdict = known_failures.judged(verdict, known)
-        except BackendError as error:
-            verdict = replace(blank, status="crashed", reason=str(error), error_type=type(error).__name__)
         except DeviceLost as error:
-            lost = str(error)
-            verdict = replace(blank, status="crashed", reason=lost, error_type="DeviceLost", device_lost=True)
+            verdict = replace(blank, status="crashed", reason=str(error), error_type="DeviceLost", device_lost=True)
+            if not process.controller:
+                process.end(record_of(verdict))
+            process.controller.lost = f"{error}. No result after {params.case} would mean anything in this process."
+    verdict = known_failures.judged(verdict, known)
+    for earlier in process.blamed:
+        nodeid = process.nodeids[earlier.case, earlier.backend, earlier.device]
+        node.user_properties.append((VERDICT, json.dumps(record_of(earlier, nodeid))))
+    process.blamed.clear()
     record = record_of(verdict)
-    if lost:
-        if not process.controller:
-            process.end_process(record)
-        process.controller.lost = (
-            f"{lost}. No result after {params.case} would mean anything in this process; "
-            "with pytest-xdist, -n 1 goes on in a new one."
-        )
     node.user_properties.append((VERDICT, json.dumps(record, default=str)))
+    if record["output"]:
+        node.add_report_section("call", "backend", record["output"])
+    _conclude(verdict, record)
+
+
+def _conclude(verdict: Verdict, record: dict[str, Any]) -> None:
+    """Make the verdict the outcome of the test. record: the verdict with texts that are safe to print."""
     if verdict.status == "unsupported":
-        pytest.skip(verdict.reason)
+        pytest.skip(record["reason"])
     elif verdict.status == "known":
-        pytest.xfail(verdict.known)
+        pytest.xfail(record["known"])
     elif not verdict.green:
-        text = verdict.report.rstrip() or verdict.reason
+        text = record["report"].rstrip() or record["reason"]
         if not text.endswith(record["reproduce"]):
             text += "\n" + record["reproduce"]
         pytest.fail(text, pytrace=False)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from harness import backend as backends
 from harness.backend import Layer, as_backend
+from harness.base.progress import PROGRESS
+from harness.base.text import share
 from harness.device import Device
 from harness.diagnose import failure
 from harness.diagnose.failure import Failed
@@ -58,8 +60,9 @@ class Session:
     def draw(self, **changes: Any) -> Inputs:
         """Draw the case's inputs on the device, with other values for fields of Problem or Case. The backend's layer is
         a copy, so that a scenario may write to it; scenario "once", which does not, shares one layer."""
-        drawn = ORACLE_CACHE.inputs(self.case.change(scenario="once", **changes), self.device)
-        return drawn if self.case.scenario == "once" else with_own_layer(drawn)
+        with PROGRESS.own():
+            drawn = ORACLE_CACHE.inputs(self.case.change(scenario="once", **changes), self.device)
+            return drawn if self.case.scenario == "once" else with_own_layer(drawn)
 
     def prepare(self, problem: Problem, layer: Layer, **options: Any) -> Callable[..., Tensor]:
         """Call backend.prepare(); returns call(hidden_states, topk_weights, topk_ids, out=None)."""
@@ -76,7 +79,10 @@ class Session:
     def accept(self, out: Tensor, inputs: Inputs, what: str = "", call: Callable[..., Tensor] | None = None) -> None:
         """Judge an output that a scenario got by itself. call: what returned it, if it can be called again to locate
         the wrong stage."""
-        judgement = self.judged(out, inputs)
+        with PROGRESS.own():
+            judgement = self.judged(out, inputs)
+        if not judgement.passed:
+            PROGRESS.failed(f"the output is wrong: {judgement.worst} uses {share(judgement.budget)} of its budget")
         if not judgement.passed and not self.explain:
             raise Failed(Report("wrong"))
         self.judgements.append(judgement)
@@ -84,8 +90,10 @@ class Session:
             observer(out, inputs, judgement)
         if not judgement.passed:
             plans = self.plans(inputs.case.problem)
-            raise failure.failure(self.backend, plans, judgement, inputs, what, call, self.past)
-        self.past = failure.remember(self.past, inputs, judgement)
+            with PROGRESS.own():
+                raise failure.failure(self.backend, plans, judgement, inputs, what, call, self.past)
+        with PROGRESS.own():
+            self.past = failure.remember(self.past, inputs, judgement)
         if doubt := _doubt(judgement, inputs):
             self.doubts.append(doubt)
 
