@@ -1,12 +1,83 @@
-"""Additions to argparse: checked types, and positional arguments after options."""
+"""Additions to argparse: checked types for options, and positional arguments after options.
+
+A type raises ArgumentTypeError, and argparse puts the option's name before it: "argument --jobs: 0: ...".
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Sequence
+import os
+import stat
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from harness.base.errors import shown
+
+LONGEST = 10_000_000  #: seconds, about four months: the most that an option takes
 
 
+# -- types ------------------------------------------------------------------------------------------------------------
+def integer(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """A type: decimal digits of an integer from `least`, 0 or more, to `most`."""
+
+    def parse(text: str) -> int:
+        if text.isascii() and text.isdigit() and len(text) <= 20 and least <= int(text) <= most:
+            return int(text)
+        raise ArgumentTypeError(f"{shown(text)}: must be an integer from {least} to {most}")
+
+    return parse
+
+
+def number(least: float, most: float, above: bool = False) -> Callable[[str], float]:
+    """A type: a finite number from `least` to `most`; above: larger than `least`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if least <= value <= most and not (above and value == least):
+            return value
+        raise ArgumentTypeError(f"{shown(text)}: must be a number {'above' if above else 'from'} {least:.9g} to {most:.9g}")
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    """A type: seconds, of which 0 often means no limit."""
+    return number(0, LONGEST)(text)
+
+
+def positive_seconds(text: str) -> float:
+    """A type: seconds, more than 0."""
+    return number(0, LONGEST, above=True)(text)
+
+
+def writable_file(text: str) -> Path:
+    """A type: a file that exists and can be written, or can be made. Nothing is written yet.
+
+    It catches a wrong path before hours of work; the disk may still be full at the end.
+    """
+    path = Path(text)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        if not folder.is_dir():
+            raise ArgumentTypeError(f"{shown(text)}: {shown(folder)} is no directory") from None
+        if path.is_symlink() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ArgumentTypeError(f"{shown(text)}: must be a file that can be made") from None
+        return path
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        raise ArgumentTypeError(f"{shown(text)}: {getattr(error, 'strerror', error)}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)) or not os.access(path, os.W_OK):
+        what = "a directory" if stat.S_ISDIR(mode) else "not a file that can be written"
+        raise ArgumentTypeError(f"{shown(text)} is {what}; valid: a file, new or writable")
+    return path
+
+
+# -- order ------------------------------------------------------------------------------------------------------------
 def positionals_after_options(parser: argparse.ArgumentParser, name: str) -> None:
     """Let the positional argument `name`, the last of the parser and of nargs="*", take words after options.
 
@@ -25,14 +96,3 @@ def positionals_after_options(parser: argparse.ArgumentParser, name: str) -> Non
         return args, [word for word in unknown if word.startswith("-")]
 
     parser.parse_known_args = parse_known_args  # type: ignore
-
-
-def seconds(text: str) -> float:
-    """The argparse type of a time limit: 0 or more seconds, finite. ArgumentTypeError: it is something else."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}: seconds, 0 or more")
-    return value
