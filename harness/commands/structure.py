@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.base.errors import UserError
+from harness.commands import parse_case
 from harness.device import DEVICES, ready
 from harness.perf.count.baseline_file import BASELINE, Baseline, read, render
 from harness.perf.metrics import TARGETS
@@ -98,9 +99,8 @@ def _show(args: argparse.Namespace) -> int:
     from harness.perf.count.compiled import gpu
     from harness.perf.count.report import counts_lines
     from harness.perf.count.structure import NotCorrect, NotMeasured, compile_for, measure
-    from harness.problem.case import Case
 
-    case = Case.parse(args.descriptor)
+    case = parse_case(args.descriptor)
     targets = args.target or list(TARGETS)
     for target in targets:
         try:

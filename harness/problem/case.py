@@ -13,9 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from typing import Any
 
-from harness.base.errors import UserError
+from harness.base.errors import UserError, shown
+from harness.base.suggest import did_you_mean
 from reference.scheme import (
     ACTIVATION_GRANULARITIES,
     WEIGHT_GRANULARITIES,
@@ -30,6 +32,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai", "relu2")
 LAYOUTS = ("nk", "kn")
 ROUTINGS = ("uniform", "balanced", "skewed", "one", "half", "duplicate", "invalid", "beyond", "nobody", "remote")
 FILLS = ("exact", "random", "extreme")
+MOST = 2**31 - 1  #: of every size
+MOST_SEED = 2**48  #: a generator takes 64 bits, and scenarios derive other seeds
+LONGEST = 400  #: characters of a descriptor
 
 
 class DescriptorError(UserError, ValueError):
@@ -131,17 +136,19 @@ class Problem:
     def __post_init__(self) -> None:
         def require(condition: bool, name: str, valid: str) -> None:
             if not condition:
-                raise DescriptorError(f"{name}={getattr(self, name)}: {valid}")
+                raise DescriptorError(f"{name}={shown(str(getattr(self, name)))}: {valid}")
 
-        require(self.tokens >= 0, "tokens", "must be 0 or more")
+        for name in ("tokens", "shared_experts"):
+            require(0 <= getattr(self, name) <= MOST, name, f"must be 0 or more, at most {MOST}")
         for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
-            require(getattr(self, name) >= 1, name, "must be 1 or more")
+            require(1 <= getattr(self, name) <= MOST, name, f"must be 1 or more, at most {MOST}")
         require(self.top_k <= self.num_experts, "top_k", f"at most num_experts={self.num_experts}")
         require(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}")
         require(self.activation in ACTIVATIONS, "activation", f"one of {', '.join(ACTIVATIONS)}")
         require(self.layout in LAYOUTS, "layout", f"one of {', '.join(LAYOUTS)}")
         require(self.routing in ROUTINGS, "routing", f"one of {', '.join(ROUTINGS)}")
-        require(self.limit is None or self.limit > 0, "limit", "must be positive")
+        written = self.limit is None or 0 < self.limit < 1e5 and float(f"{self.limit:g}") == self.limit
+        require(written, "limit", "must be positive, below 100000 and of at most 6 digits")
         require(self.limit is None or self.activation != "relu2", "limit", "relu2 has no gate to clamp")
         one_slot = self.top_k == 1 or not self.router_weight_on_input
         require(one_slot, "router_weight_on_input", f"defined for top_k=1 only, not top_k={self.top_k}")
@@ -152,7 +159,8 @@ class Problem:
                 and self.quant.activation in (None, "tensor_static", *(ACTIVATION_GRANULARITIES.keys() - {"static"}))
             )
             parts: list[Iterable[str]] = [code_formats(), WEIGHT_GRANULARITIES, ["none", *ACTIVATION_GRANULARITIES]]
-            require(known, "quant", ".".join(f"<{'|'.join(names)}>" for names in parts))
+            words = did_you_mean(str(self.quant), map(".".join, product(*parts)))
+            require(known, "quant", ".".join(f"<{'|'.join(names)}>" for names in parts) + words)
             require(self.dtype != "fp32", "quant", "quantized weights go with bf16 or fp16 activations")
         if self.ep:
             fits = self.ep.size >= 1 and self.num_experts % self.ep.size == 0 and 0 <= self.ep.rank < self.ep.size
@@ -192,7 +200,9 @@ class Case:
 
     def __post_init__(self) -> None:
         if self.fill not in FILLS:
-            raise DescriptorError(f"fill={self.fill}: one of {', '.join(FILLS)}")
+            raise DescriptorError(f"fill={shown(self.fill)}: one of {', '.join(FILLS)}")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise DescriptorError(f"seed={shown(self.seed)}: must be 0 or more, at most {MOST_SEED}")
 
     def __str__(self) -> str:
         return "-".join(token for rule in GRAMMAR if (token := rule.show(self)) is not None)
@@ -206,12 +216,15 @@ class Case:
     @classmethod
     def parse(cls, text: str) -> Case:
         """The Case of a descriptor; DescriptorError says which token is wrong and what would be valid there."""
-        found: dict[str, Any] = {}
-        for token in text.strip().split("-"):
+        text, found = text.strip(), dict[str, Any]()
+        if len(text) > LONGEST:
+            raise DescriptorError(f"{shown(text)}: a descriptor has at most {LONGEST} characters")
+        for token in text.split("-"):
             rules = [rule for rule in GRAMMAR if re.fullmatch(rule.pattern, token)]
             if not rules:
+                words = did_you_mean(token, (word for rule in GRAMMAR for word in rule.example.split("|")))
                 known = ", ".join(rule.example for rule in GRAMMAR)
-                raise DescriptorError(f"{text!r}: no field is written {token!r}; tokens look like: {known}")
+                raise DescriptorError(f"{text!r}: no field is written {token!r}{words}; tokens look like: {known}")
             if rules[0].field in found:
                 raise DescriptorError(f"{text!r}: {token!r} gives {rules[0].field} a second time")
             found[rules[0].field] = rules[0].parse(token)
@@ -248,7 +261,7 @@ class TokenRule:
 
 def _count(letter: str, name: str, required: bool = True) -> TokenRule:
     return TokenRule(
-        name, rf"{letter}\d+", lambda s: int(s[len(letter) :]), lambda v: f"{letter}{v}", f"{letter}16", required
+        name, rf"{letter}[0-9]+", lambda s: int(s[len(letter) :]), lambda v: f"{letter}{v}", f"{letter}16", required
     )
 
 
@@ -272,11 +285,11 @@ GRAMMAR: tuple[TokenRule, ...] = (
     _word("dtype", DTYPES, required=True),
     TokenRule("quant", _QUANT, Quant.parse, str, "e4m3.block.group"),
     _word("activation", ACTIVATIONS),
-    TokenRule("limit", r"limit\d+(\.\d+)?", lambda s: float(s[5:]), lambda v: f"limit{v:g}", "limit7"),
+    TokenRule("limit", r"limit[0-9]+(\.[0-9]+)?", lambda s: float(s[5:]), lambda v: f"limit{v:g}", "limit7"),
     _flag("bias", "bias"),
     _flag("router_weight_on_input", "win"),
     _word("layout", LAYOUTS),
-    TokenRule("ep", r"ep\d+\.\d+s?", ExpertParallel.parse, str, "ep4.1"),
+    TokenRule("ep", r"ep[0-9]+\.[0-9]+s?", ExpertParallel.parse, str, "ep4.1"),
     _count("shared", "shared_experts", required=False),
     _flag("ids", "ids64", 64),
     _flag("padded", "padded"),
