@@ -158,6 +158,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in gone]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist tells the controller
 def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[KEY].collected(session.items)
 

@@ -18,6 +18,7 @@ from harness.results import known_failures
 from harness.results.known_failures import KnownFailure
 from harness.results.verdict import ENDS, FAILED, Verdict
 from harness.run.case import run_case
+from harness.run.worker_process import RunnerError
 
 
 def _verdict(process: Process, params: ItemParams, known: list[KnownFailure], benchmark: Any) -> Verdict:
@@ -27,7 +28,13 @@ def _verdict(process: Process, params: ItemParams, known: list[KnownFailure], be
     if process.in_process and not ends:  # a known failure would end ours
         return run_case(params.case, params.backend, params.device, params.family, params.spec)
     name = params.backend.name
-    return process.supervisor.run(params.case, params.spec, params.device, params.family, name, known=ends)
+    try:
+        return process.supervisor.run(params.case, params.spec, params.device, params.family, name, known=ends)
+    except RunnerError as error:
+        reason = f"an error of the harness: {str(error).splitlines()[-1]}"
+        return Verdict(
+            str(params.case), name, str(params.device), "crashed", params.family, reason, str(error), spec=params.spec
+        )
 
 
 def check_item(process: Process, params: ItemParams, node: pytest.Item, benchmark: Any) -> None:
