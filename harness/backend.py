@@ -17,6 +17,7 @@ import torch
 
 from harness import device as devices
 from harness.base.errors import UserError
+from harness.base.trial import how_it_ends
 from harness.device import Device
 from harness.problem.case import Problem
 from harness.protocol import FOLLOWS, PROMISES, UNSUPPORTED, Backend, protocol_table, rules
@@ -26,32 +27,33 @@ __all__ = [
     "as_backend", "forget", "installed", "load", "protocol_table", "select", "takes_out", "unavailable", "unsupported",
 ]  # fmt: skip
 
-BUILTIN = (
-    "kernels.triton.backend:TritonMoE",
-    "kernels.triton.backend:TritonAlignedMoE",
-    "kernels.triton.backend:TritonChunkedMoE",
-    "kernels.triton.backend:TritonPermuteMoE",
-    "kernels.cached:TritonCachedMoE",
-    "kernels.grouped:GroupedMM",
-    "kernels.upstream.transformers:Eager",
-    "kernels.upstream.transformers:BatchedMM",
-    "kernels.upstream.transformers:GroupedMM",
-    "kernels.upstream.vllm_cpu:FusedMoE",
-    "kernels.upstream.vllm_cpu:FusedExpertsCpu",
-    "kernels.upstream.ipex:FusedExperts",
-    "kernels.upstream.ipex:GatedMLP",
-    "kernels.upstream.vllm_xpu:VllmXpu",
-    "kernels.upstream.vllm_xpu_experts:VllmXpuExperts",
-    "kernels.upstream.vllm_triton:VllmTriton",
-    "kernels.upstream.vllm_triton:VllmTritonModular",
-    "kernels.upstream.vllm_interpreted:VllmTritonInterpreted",
-    "kernels.upstream.vllm_permute:VllmPermute",
-    "kernels.upstream.triton_kernels:TritonKernels",
-    "kernels.upstream.triton_kernels:TritonKernelsSorted",
-    "kernels.upstream.triton_kernels:TritonKernelsInvariant",
-    "kernels.upstream.sglang_triton:SglangTriton",
-    "kernels.upstream.sglang_xpu:SglangXpu",
-)
+#: {name: where it is} of those of kernels/; no other backend may have one of these names.
+BUILTIN = {
+    "triton": "kernels.triton.backend:TritonMoE",
+    "triton-aligned": "kernels.triton.backend:TritonAlignedMoE",
+    "triton-chunked": "kernels.triton.backend:TritonChunkedMoE",
+    "triton-permute": "kernels.triton.backend:TritonPermuteMoE",
+    "triton-cached": "kernels.cached:TritonCachedMoE",
+    "torch-grouped-mm": "kernels.grouped:GroupedMM",
+    "transformers-eager": "kernels.upstream.transformers:Eager",
+    "transformers-batched-mm": "kernels.upstream.transformers:BatchedMM",
+    "transformers-grouped-mm": "kernels.upstream.transformers:GroupedMM",
+    "vllm-cpu": "kernels.upstream.vllm_cpu:FusedMoE",
+    "vllm-cpu-sgl": "kernels.upstream.vllm_cpu:FusedExpertsCpu",
+    "ipex": "kernels.upstream.ipex:FusedExperts",
+    "ipex-gated-mlp": "kernels.upstream.ipex:GatedMLP",
+    "vllm-xpu": "kernels.upstream.vllm_xpu:VllmXpu",
+    "vllm-xpu-experts": "kernels.upstream.vllm_xpu_experts:VllmXpuExperts",
+    "vllm-triton": "kernels.upstream.vllm_triton:VllmTriton",
+    "vllm-triton-modular": "kernels.upstream.vllm_triton:VllmTritonModular",
+    "vllm-triton-interpreted": "kernels.upstream.vllm_interpreted:VllmTritonInterpreted",
+    "vllm-permute": "kernels.upstream.vllm_permute:VllmPermute",
+    "triton-kernels": "kernels.upstream.triton_kernels:TritonKernels",
+    "triton-kernels-sorted": "kernels.upstream.triton_kernels:TritonKernelsSorted",
+    "triton-kernels-invariant": "kernels.upstream.triton_kernels:TritonKernelsInvariant",
+    "sglang-triton": "kernels.upstream.sglang_triton:SglangTriton",
+    "sglang-xpu": "kernels.upstream.sglang_xpu:SglangXpu",
+}
 ENTRY_POINTS = "moe_harness.backends"
 
 
@@ -121,6 +123,29 @@ def load(spec: str) -> Backend:
                 f"--backend {spec}: no such backend; known: {', '.join(known)}, or package.module:object"
             )
         return known[spec]
+    _try(spec)
+    return _import(spec)
+
+
+def _try(spec: str) -> None:
+    """Load a backend in a copy of this process first. BackendError if that ends the copy, or never returns.
+
+    Not where there is a GPU: its driver does not survive the fork, and a module may use it when it is imported.
+    """
+    if spec in _tried or devices.present() != ("cpu",):
+        return
+
+    def load_and_ask() -> None:
+        backend = _import(spec)
+        if backend.available:
+            backend.available()
+
+    if ending := how_it_ends(load_and_ask, LOADING):
+        raise BackendError(f"--backend {spec}: loading it {ending}")
+    _tried.add(spec)
+
+
+def _import(spec: str) -> Backend:
     module, _, attribute = spec.partition(":")
     try:
         loaded = getattr(importlib.import_module(module), attribute)
@@ -135,13 +160,15 @@ def load(spec: str) -> Backend:
 
 
 _installed: list[Backend] = []
+_tried: set[str] = set()  #: specs whose backends a copy of this process has loaded
+LOADING = 300.0  #: seconds for the import of a backend's module
 
 
 def installed() -> list[Backend]:
     """The built-in backends and those that installed packages declare under the entry point group; loaded once."""
     if not _installed:
         declared = [e.value for e in importlib.metadata.entry_points(group=ENTRY_POINTS)]
-        _installed.extend(load(spec) for spec in (*BUILTIN, *declared))
+        _installed.extend(load(spec) for spec in (*BUILTIN.values(), *declared))
     return list(_installed)
 
 
