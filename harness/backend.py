@@ -168,7 +168,7 @@ def installed() -> list[Backend]:
     """The built-in backends and those that installed packages declare under the entry point group; loaded once."""
     if not _installed:
         declared = [e.value for e in importlib.metadata.entry_points(group=ENTRY_POINTS)]
-        _installed.extend(load(spec) for spec in (*BUILTIN.values(), *declared))
+        _installed.extend(_import(spec) for spec in (*BUILTIN.values(), *declared))
     return list(_installed)
 
 
