@@ -6,6 +6,7 @@ diagnose a failure is measured apart. Once a case has failed, the end of its dia
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,3 +64,5 @@ class Progress:
 
 
 PROGRESS = Progress()  #: of this process: it runs one case at a time
+# A backend may fork: its child must not write into the numbers of the case, nor report a failure of it.
+os.register_at_fork(after_in_child=lambda: PROGRESS.attach(bytearray(SIZE)))

@@ -13,7 +13,7 @@ STEP = 0.005  #: seconds between two looks at the copy
 
 
 def how_it_ends(action: Callable[[], object], seconds: float) -> str:
-    """"" if an action returns or raises, otherwise what it does to its process: "ends the process with SIGSEGV".
+    """ "" if an action returns or raises, otherwise what it does to its process: "ends the process with SIGSEGV".
 
     seconds: until it counts as hanging. What it prints is lost.
     """

@@ -52,7 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--shard", metavar="I/N", help="only the I-th of N parts of the items, of about the same duration")
     add("--durations-from", type=Path, metavar="PATH", help="with --shard: past durations, or a results file")
     add("--continue", dest="continue_run", type=Path, metavar="RESULTS", help="go on with the last run of this file")
-    add("--case-timeout", type=seconds, default=300, metavar="SECONDS", help="of a backend for a case (300; 0: no limit)")
+    add(
+        "--case-timeout", type=seconds, default=300, metavar="SECONDS", help="time limit of a case (300; 0: none)"
+    )
     add("--in-process", action="store_true", help="run cases in pytest's process: no case survives a crash of another")
     add("--outputs", type=Path, metavar="DIR", help="keep the whole of what failing cases print, a file each")
 

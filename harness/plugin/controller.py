@@ -23,7 +23,7 @@ from harness.results import summary
 from harness.results.continued import Continued
 from harness.results.file import PlannedItem, Record, Results
 from harness.results.floor import read_floor, shortfalls
-from harness.results.verdict import FAILED
+from harness.results.verdict import FAILED, Verdict
 
 VERDICT = "moe_verdict"  #: the user property of a report that carries a verdict
 NOT_CHECKED = "The floor is for whole runs, not for a selection"
@@ -81,6 +81,8 @@ class Controller:
 
     # -- hooks --------------------------------------------------------------------------------------------------------
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when not in ("setup", "call", "teardown"):
+            self._worker_died(report)
         if report.when != "call":
             return
         for record in [json.loads(str(value)) for name, value in report.user_properties if name == VERDICT]:
@@ -89,6 +91,13 @@ class Controller:
                 text = f"{record['reason']}\n{record['reproduce']}"
                 failed = pytest.TestReport(record["nodeid"], report.location, {}, "failed", text, "call")
                 self.config.hook.pytest_runtest_logreport(report=failed)
+
+    def _worker_died(self, report: pytest.TestReport) -> None:
+        """Record the case of a worker of pytest-xdist that has ended, by what pytest-xdist reports of it."""
+        if item := (self.planned or {}).get(report.nodeid):
+            reason = f"pytest's process died: {report.longrepr}"
+            verdict = Verdict(item.case, item.backend, item.device, "crashed", item.family, reason, reason)
+            self.record(verdict.record() | {"nodeid": report.nodeid})
 
     def pytest_runtest_logfinish(self) -> None:
         # Not in the test itself: its report is counted first.
@@ -102,6 +111,20 @@ class Controller:
             self.folder = tempfile.mkdtemp(prefix="moe-harness-")
         node.workerinput[PLAN] = self.folder
         node.workerinput["moe_done"] = list(self.continued.records) if self.continued else []
+        send = node.sendcommand
+
+        def sendcommand(name: str, **words: object) -> None:
+            """Send a command to a worker that may have died a moment ago.
+
+            Its death arrives later as an event, and its tests go to other workers. Without this the OSError ends the
+            whole run (pytest-xdist issue 204).
+            """
+            try:
+                send(name, **words)
+            except OSError as error:
+                node.log(f"{name}: the worker is dead: {error}")
+
+        node.sendcommand = sendcommand
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any) -> None:
@@ -139,9 +162,11 @@ class Controller:
         if not missing:
             return []
         more = [f"  and {len(missing) - MOST} more"] if len(missing) > MOST else []
-        return [f"{number(len(missing), 'case')} of the plan without a verdict:"] + [
-            f"  {nodeid}" for nodeid in missing[:MOST]
-        ] + more
+        return (
+            [f"{number(len(missing), 'case')} of the plan without a verdict:"]
+            + [f"  {nodeid}" for nodeid in missing[:MOST]]
+            + more
+        )
 
     def _below_floor(self) -> list[str]:
         if not self.floor:

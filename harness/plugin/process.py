@@ -29,7 +29,6 @@ from harness.results.continued import continued as continue_run
 from harness.results.verdict import Verdict
 from harness.run.supervisor import Supervisor
 
-
 #: `-p no:moe-harness-isolation` keeps one process, as --in-process does.
 ISOLATION = "moe-harness-isolation"
 
