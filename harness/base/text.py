@@ -43,8 +43,8 @@ def cut(line: str, width: int = WIDTH) -> str:
 def inert(text: str) -> str:
     """Text without a meaning for terminals and for CI: control characters as visible escapes, commands disarmed.
 
-    "\\x1b[31m" is shown as such, "##[error]" becomes "##\\[error]", a line "::error::" becomes "\\::error::". Newlines and
-    tabs stay. Inert text stays as it is.
+    "\\x1b[31m" is shown as such, "##[error]" becomes "##\\[error]", a line "::error::" becomes "\\::error::". Newlines
+    and tabs stay. Inert text stays as it is.
     """
     return _HOSTILE.sub(_escaped, text)
 

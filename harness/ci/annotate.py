@@ -15,6 +15,7 @@ from harness.base.text import cut
 from harness.results.file import Record
 from harness.results.verdict import FAILED
 
+LONGEST = 500  #: characters of a path
 MOST = 10  #: annotations of one level that GitHub shows for a step
 
 
@@ -75,5 +76,11 @@ def failures(records: Iterable[Record]) -> list[Annotation]:
 def family_file(record: Record, root: Path = ROOT) -> str:
     """The file of a record's family, relative to the repository; "" without a pytest id, or if it is not there."""
     name = str(record.get("nodeid", "")).partition("::")[0]
-    inside = bool(name) and not Path(name).is_absolute() and (root / name).is_file()
-    return name if inside else ""
+    if not name or "\0" in name or len(name) > LONGEST:
+        return ""
+    try:
+        path = (root / name).resolve()
+        inside = path.is_relative_to(root.resolve()) and path.is_file()
+    except (OSError, RuntimeError):  # a name that is too long; links in a circle
+        return ""
+    return name if inside and not Path(name).is_absolute() and ".." not in Path(name).parts else ""

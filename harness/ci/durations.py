@@ -11,11 +11,14 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from heapq import heapreplace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from harness.base import toml
+from harness.base.arguments import LONGEST
+from harness.base.errors import bare, shown
 from harness.ci.matrix import MatrixError
 from harness.results.file import Record
 from harness.results.floor import section
@@ -90,19 +93,36 @@ def condensed(records: Iterable[Record]) -> str:
 def read(path: Path) -> Durations:
     """Read a durations file, or a results file (JSON Lines). MatrixError, ResultsError: it cannot be used."""
     if path.suffix != ".toml":
-        return recorded(merge([path])[0])
-    tables = toml.read(path, MatrixError, f"--durations-from {path}")
-    if set(tables) - {"mean", "slow"}:
-        raise MatrixError(f"--durations-from {path}: [{min(tables)}]: the tables are [mean...] and [slow...]")
-    return Durations(tables.get("slow", {}), tables.get("mean", {}))
+        return recorded(merge([path]).records)
+    where = f"--durations-from {path}"
+    tables = toml.read(path, MatrixError, where)
+    if strange := set(tables) - {"mean", "slow"}:
+        raise MatrixError(f"{where}: [{bare(min(strange))}]: the tables are [mean...] and [slow...]")
+    if not tables:
+        raise MatrixError(f"{where}: holds no durations; the tables are [mean...] and [slow...]")
+    slow, means = tables.get("slow", {}), tables.get("mean", {})
+    _check(where, "slow.DEVICE", slow, depth=2)
+    _check(where, "mean.DEVICE.FAMILY", means, depth=3)
+    return Durations(slow, means)
+
+
+def _check(where: str, name: str, value: Any, depth: int, key: str = "") -> None:
+    """MatrixError unless the value is tables of tables of seconds, `depth` deep. name: of the innermost, for it."""
+    if depth == 0:
+        if type(value) not in (int, float) or not 0 <= value <= LONGEST:
+            raise MatrixError(f"{where}: [{name}] {bare(key)}={shown(value)}: must be seconds, from 0 to {LONGEST}")
+    elif not isinstance(value, dict):
+        raise MatrixError(f"{where}: {bare(key or name)}={shown(value)}: must be a table, [{name}]")
+    else:
+        for inner, more in value.items():
+            _check(where, name, more, depth - 1, inner)
 
 
 # -- the split --------------------------------------------------------------------------------------------------------
 def split(weights: dict[Any, float], count: int) -> dict[Any, int]:
     """The shard, from 1 to `count`, of every key. weights: {key: seconds}; their order does not matter."""
-    loads, shards = [0.0] * count, {}
+    loads, shards = [(0.0, shard) for shard in range(1, count + 1)], {}
     for key in sorted(weights, key=lambda key: (-weights[key], key)):
-        lightest = loads.index(min(loads))
-        loads[lightest] += weights[key]
-        shards[key] = lightest + 1
+        load, shards[key] = loads[0]
+        heapreplace(loads, (load + weights[key], shards[key]))
     return shards

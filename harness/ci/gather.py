@@ -13,13 +13,14 @@ import argparse
 import json
 import os
 import re
+import secrets
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from harness.base import table
-from harness.base.errors import UserError
+from harness.base.errors import UserError, shown
 from harness.base.text import cut, number
 from harness.ci import annotate, matrix
 from harness.ci.annotate import Annotation
@@ -27,9 +28,12 @@ from harness.ci.matrix import MatrixError, MatrixRow
 from harness.results import summary
 from harness.results.file import Record
 from harness.results.floor import UPDATE
-from harness.results.merge import merge
+from harness.results.merge import Merged, merge
+from harness.results.reader import few
 from harness.results.verdict import FAILED, NOT_EXECUTED
 
+FEW = 8  #: shards without a verdict that have a line each
+NO_RESULTS = "no results; its job did not run, or ended before its first verdict"
 SHOWN = 50  #: failures that the Markdown lists
 NO_ROW = "(no row)"  #: the row of records that name none: their run was not started as a row
 HEADER = ("row", "shards", "passed", "failed", "mistrusted", "unsupported", "executed", "floor")
@@ -43,20 +47,24 @@ def last_of_each(records: Iterable[Record]) -> list[Record]:
     return list(last.values())
 
 
-def expected(plan: str | None, records: Iterable[Record]) -> dict[str, list[str]]:
+def expected(plan: str | None, here: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """The shards that are due, by row: those of the plan, which is the output of `matrix --json`.
 
-    Without a plan: all shards of each row that has records. MatrixError: the plan is something else.
+    Without a plan: all shards of each row that is here. here: (row, shard) of the runs, oldest first. MatrixError: the
+    plan is something else.
     """
     if plan is None:
-        last = {str(r["row"]): str(r.get("shard", "1/1")) for r in records if r.get("row")}
+        last = {row: shard for row, shard in here if row}
         return {row: shards(matrix.shard_of(shard)[1]) for row, shard in last.items()}
     due: dict[str, list[str]] = defaultdict(list)
     try:
         for job in json.loads(plan)["rows"]["include"]:
-            due[job["row"]].append(job["shard"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise MatrixError(f"--plan {plan[:60]!r}: must be what `matrix --json` prints ({error!r})") from error
+            row, shard = job["row"], job["shard"]
+            if not isinstance(row, str) or not isinstance(shard, str):
+                raise TypeError(f"row and shard are texts, not {shown(row)} and {shown(shard)}")
+            due[row].append(shard)
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise MatrixError(f"--plan {shown(plan)}: must be what `matrix --json` prints ({error!r})") from error
     return dict(due)
 
 
@@ -66,14 +74,16 @@ def shards(count: int) -> list[str]:
 
 
 def absent(due: dict[str, list[str]], records: Iterable[Record]) -> list[str]:
-    """One line for every shard without a record."""
+    """Lines about the shards without a verdict: one for each, or one for the row if many are missing."""
     here = {(r.get("row"), r.get("shard", "1/1")) for r in records}
-    return [
-        f"{row}, shard {shard}: no results; its job did not run, or ended before its first verdict"
-        for row, every in due.items()
-        for shard in every
-        if (row, shard) not in here
-    ]
+    lines = []
+    for row, every in due.items():
+        missing = [shard for shard in every if (row, shard) not in here]
+        if len(missing) <= FEW:
+            lines += [f"{row}, shard {shard}: {NO_RESULTS}" for shard in missing]
+        else:
+            lines.append(f"{row}, {len(missing)} of {len(every)} shards, {few(missing)}: {NO_RESULTS}")
+    return lines
 
 
 def executed(row: str, records: Iterable[Record]) -> Counter[str]:
@@ -92,8 +102,10 @@ def below_floor(row: MatrixRow, records: Iterable[Record]) -> list[str]:
 
 
 def problems(records: list[Record], due: dict[str, list[str]], rows: dict[str, MatrixRow]) -> list[str]:
-    """One line for every problem beside the verdicts: absent shards, rows below their floor, unknown rows."""
+    """Lines about what is wrong beside the verdicts: none, absent shards, rows below their floor, unknown rows."""
     lines = absent(due, records)
+    if not records:
+        lines.append("no verdicts: nothing was tested")
     for name in due:
         lines += below_floor(rows[name], records) if name in rows else [f"{name}: matrix.toml has no such row"]
     return lines
@@ -176,28 +188,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def gather(args: argparse.Namespace) -> int:
-    """Print the summary. Returns 1 if anything failed, is missing or fell below its floor.
+    """Print the summary. Returns 1 if anything failed, is missing or not valid, or fell below its floor.
 
-    ResultsError, MatrixError: the results, the plan or matrix.toml cannot be read.
+    ResultsError, MatrixError, UserError: the results, the plan or matrix.toml cannot be read, or the page not written.
     """
     here = [path for path in args.results if args.plan is None or not _is_empty(Path(path))]
-    records, remarks = merge(here) if here or not args.plan else ([], [])
-    records = last_of_each(records)
+    merged = merge(here) if here or not args.plan else Merged([], [], [], [])
+    records = last_of_each(merged.records)
     rows = matrix.read()
-    due = expected(args.plan, records)
-    wrong = problems(records, due, rows)
+    due = expected(args.plan, [run.place for run in merged.runs])
+    wrong = merged.problems + problems(records, due, rows)
     lines = overview(records, due, rows)
-    print("\n".join(text(records, lines, wrong, remarks)))
+    _print(text(records, lines, wrong, merged.remarks))
     pages = [args.markdown] if args.markdown else []
     pages += [Path(page)] if (page := os.environ.get("GITHUB_STEP_SUMMARY")) else []
     for page in pages:
-        with page.open("a", encoding="utf-8") as file:
-            file.write(markdown(records, lines, wrong, remarks))
+        try:
+            with page.open("a", encoding="utf-8") as file:
+                file.write(markdown(records, lines, wrong, merged.remarks))
+        except OSError as error:
+            raise UserError(f"--markdown {page}: {error.strerror}") from error
     failed = annotate.failures(records)
     if os.environ.get("GITHUB_ACTIONS"):
-        annotations = [*map(Annotation, wrong), *failed, *(Annotation(remark, "warning") for remark in remarks)]
-        print("\n".join(annotate.commands(annotations)))
+        warnings = [Annotation(remark, "warning") for remark in merged.remarks]
+        print("\n".join(annotate.commands([*map(Annotation, wrong), *failed, *warnings])))
     return 1 if wrong or failed else 0
+
+
+def _print(lines: list[str]) -> None:
+    """Print lines; in a job of GitHub Actions so that none of them is a command."""
+    if not os.environ.get("GITHUB_ACTIONS"):
+        print("\n".join(lines))
+        return
+    token = secrets.token_hex(16)  # whatever is in a record cannot know it
+    print("\n".join([f"::stop-commands::{token}", *lines, f"::{token}::"]))
 
 
 def _is_empty(path: Path) -> bool:

@@ -21,6 +21,7 @@ from harness.base.text import number
 from harness.ci import gather, matrix
 from harness.ci.durations import condensed
 from harness.ci.matrix import MatrixRow
+from harness.commands.verify import report_unfinished
 from harness.results.merge import merge
 
 
@@ -51,10 +52,12 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _durations(paths: list[str]) -> int:
-    records, remarks = merge(paths)
-    for remark in remarks:
-        print(f"moe-harness: {remark}", file=sys.stderr)
-    print(condensed(records), end="")
+    merged = merge(paths)
+    for line in merged.remarks + merged.invalid:
+        print(f"moe-harness: {line}", file=sys.stderr)
+    if not merged.records:
+        raise UserError(f"--durations {', '.join(paths)}: no verdict in it that can be read")
+    print(condensed(merged.records), end="")
     return 0
 
 
@@ -91,7 +94,7 @@ def _run(row: MatrixRow, args: argparse.Namespace) -> int:
     variables = [f"{name}={shlex.quote(value)}" for name, value in matrix.variables(row, shard).items()]
     print(f"moe-harness: {' '.join(variables)} {shlex.join(['python3', *words[1:]])}", flush=True)
     returned = subprocess.run(words, env=environment() | matrix.variables(row, shard)).returncode
-    code = exit_code(returned)
+    code = max(exit_code(returned), report_unfinished(path, args.pytest))
     if returned < 0:
         return code
     if count > 1 or args.pytest:
@@ -101,7 +104,7 @@ def _run(row: MatrixRow, args: argparse.Namespace) -> int:
 
 
 def _below_floor(row: MatrixRow, path: Path) -> int:
-    problems = gather.below_floor(row, gather.last_of_each(merge([path])[0]))
+    problems = gather.below_floor(row, gather.last_of_each(merge([path]).records))
     for problem in problems:
         print(f"moe-harness: {problem}")
     return 1 if problems else 0

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
@@ -97,7 +98,8 @@ def mutate(args: argparse.Namespace) -> int:
         print(f"moe-harness: interrupted, {len(outcomes)} of {len(tasks)} done{resume}")
         return 130
     finally:
-        file.close()
+        for problem in file.close():
+            print(f"moe-harness: {problem}", file=sys.stderr)
         for number, handler in before.items():
             signal.signal(number, handler)
     progress.clear()

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.base.errors import UserError
+from harness.base.text import number
+from harness.results import summary
+from harness.results.file import now
+from harness.results.merge import Merged, merge
 
 
 def register(add: Callable[..., Any]) -> None:
@@ -20,25 +24,33 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Write the page. UserError: no record can be read, or the page cannot be written."""
-    from harness.base.text import number
-    from harness.report import data, page
-    from harness.results import merge, summary
-    from harness.results.file import now
+    """Write the page. Returns 1 if the newest run of a place is not whole, or a record not valid.
 
-    records, remarks = merge.merge(args.results)
-    for remark in remarks:
-        print(f"moe-harness: {remark}", file=sys.stderr)
-    if not records:
-        raise UserError(f"{', '.join(args.results)}: no record in it that can be read")
-    payload = data.payload(records, remarks, args.title, f"made {now()}")
-    plain = [*remarks, *payload["warnings"], *summary.totals(records)]
+    UserError: no record can be read, or the page cannot be written.
+    """
+    from harness.report import data, page
+
+    merged = merge(args.results)
+    for line in merged.remarks + merged.problems:
+        print(f"moe-harness: {line}", file=sys.stderr)
+    if not merged.records:
+        raise UserError(f"{', '.join(args.results)}: no verdict in it that can be read")
+    payload = data.payload(merged.records, merged.remarks, args.title, f"made {now()}", merged.problems)
+    plain = [*merged.remarks, *payload["warnings"], *summary.totals(merged.records)]
     try:
         args.out.write_text(page.render(payload, plain), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from error
-    for warning in payload["warnings"]:
+    for warning in payload["warnings"][len(merged.problems) :]:
         print(f"moe-harness: {warning}", file=sys.stderr)
     megabytes = args.out.stat().st_size / 1e6
-    print(f"{args.out}: {number(len(records), 'record')}, {megabytes:.1f} MB")
-    return 0
+    print(f"{args.out}: {number(len(merged.records), 'record')}, {megabytes:.1f} MB")
+    return 1 if merged.invalid or _unfinished(merged) else 0
+
+
+def _unfinished(merged: Merged) -> bool:
+    """Whether the newest run of a place, or a run without any verdict, is not whole."""
+    from harness.report import history
+
+    newest = {state.runs[-1].name for state in history.states(history.runs(merged.records)).values()}
+    return any(run.name in newest or not run.verdicts for run in merged.runs if not (run.whole or run.replaced))

@@ -16,7 +16,9 @@ from harness.base.processes import ROOT
 from harness.mutate import bugs
 from harness.mutate.bugs import Bug
 from harness.mutate.protocol import MutantRun, Settings
-from harness.results.file import SCHEMA, JsonLines, read_results
+from harness.results.bounds import bounded
+from harness.results.file import SCHEMA, JsonLines, now
+from harness.results.reader import read_results
 
 #: The outcomes of a bug and of a control (correct variant): of each pair, the first if a case noticed it.
 BUG_OUTCOMES = ("killed", "survived")
@@ -103,23 +105,24 @@ class OutcomesFile:
     """The stored outcomes of earlier runs, and a place for new ones. Without a path it is empty and stores nothing."""
 
     def __init__(self, path: Path | None, device: str) -> None:
-        records = read_results(path)[0] if path and path.exists() else []
-        self._records = {record["digest"]: record for record in records if "mutant" in record}
+        stored = read_results(path).outcomes if path and path.exists() else []
+        self._records = {digest: record for record in stored if (digest := record["outcome"].get("digest"))}
         self._device = device
         self._file = JsonLines(path) if path else None
 
     def get(self, digest: str) -> Outcome | None:
         """Return the stored outcome with this digest, if there is one."""
         record = self._records.get(digest)
-        return Outcome.from_record(record) if record else None
+        return Outcome.from_record(record["outcome"]) if record else None
 
     def append(self, outcome: Outcome) -> None:
         if self._file:
-            self._file.write({"schema": SCHEMA, "device": self._device, **outcome.record()})
+            facts = {"schema": SCHEMA, "kind": "outcome", "time": now(), "device": self._device}
+            self._file.write({**facts, "outcome": bounded(outcome.record())})
 
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
+    def close(self) -> list[str]:
+        """Close the file. Returns a line if it lacks an outcome."""
+        return self._file.finish() if self._file else []
 
 
 def count_killed(outcomes: Iterable[Outcome]) -> tuple[int, int]:

@@ -27,8 +27,10 @@ STALE = 7 * 86400  #: seconds before the newest run from which a place gets a wa
 Row = tuple[Place, Item, Record]
 
 
-def payload(records: list[Record], remarks: list[str], title: str, made: str) -> dict[str, Any]:
-    """The page's data. remarks: those of the merge; made: when the page is made, as text."""
+def payload(
+    records: list[Record], remarks: list[str], title: str, made: str, problems: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The page's data. remarks, problems: those of the merge; made: when the page is made, as text."""
     runs = history.runs(records)
     states = sorted(history.states(runs).values(), key=lambda state: state.place)
     rows: list[Row] = [(s.place, key, record) for s in states for key, record in sorted(s.records.items())]
@@ -37,7 +39,7 @@ def payload(records: list[Record], remarks: list[str], title: str, made: str) ->
         "title": title,
         "made": made,
         "remarks": remarks + texts.remarks,
-        "warnings": [*stale(states), *tested_less(states)],
+        "warnings": [*problems, *stale(states), *tested_less(states)],
         "places": [_place(state) for state in states],
         "runs": [_run(run, states) for run in runs],
         "statuses": list(STATUSES),

@@ -11,12 +11,11 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from functools import lru_cache
 
 import numpy as np
 
 from harness.results.file import Record
+from harness.results.reader import seconds
 from harness.results.verdict import NOT_EXECUTED
 
 Item = tuple[str, str, str]  #: family, backend, case
@@ -79,16 +78,6 @@ def runs(records: Iterable[Record]) -> list[Run]:
 def item(record: Record) -> Item:
     """The family, backend and case of a record."""
     return str(record.get("family", "")), record["backend"], record["case"]
-
-
-@lru_cache(maxsize=1 << 16)
-def seconds(time: str) -> float:
-    """Seconds since 1970 of a time of a results file; 0 if the text is not a time."""
-    try:
-        read = datetime.strptime(time, "%Y-%m-%dT%H:%M:%S%z")
-    except ValueError:
-        return 0.0
-    return read.astimezone(timezone.utc).timestamp()
 
 
 # -- the state --------------------------------------------------------------------------------------------------------

@@ -27,14 +27,15 @@ def timed(record: Record) -> dict[str, Any] | None:
 
 def roof_share(perf: dict[str, Any]) -> float | None:
     """The least time that the measured ceilings allow / the measured time; None if the ceilings are unknown."""
-    floor = perf.get("floor_us")
+    floor = _finite(perf.get("floor_us"))
     if floor is None:
         ceilings = perf.get("ceilings") or {}
-        copy = ceilings.get("copy_bytes_per_s")
-        rate = (ceilings.get("flops_per_s") or {}).get(perf.get("operand"))
-        if not (copy and rate and "bytes" in perf and "flops" in perf):
+        copy = _finite(ceilings.get("copy_bytes_per_s"))
+        rate = _finite((ceilings.get("flops_per_s") or {}).get(perf.get("operand")))
+        moved, computed = _finite(perf.get("bytes")), _finite(perf.get("flops"))
+        if not copy or not rate or moved is None or computed is None:
             return None
-        floor = 1e6 * max(perf["bytes"] / copy, perf["flops"] / rate)
+        floor = 1e6 * max(moved / copy, computed / rate)
     return floor / perf["device_us"]
 
 

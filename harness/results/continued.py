@@ -6,7 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.results.file import Record, ResultsError, read_results
+from harness.results.file import Record, ResultsError
+from harness.results.reader import read_results
 
 #: Fields of the begin record that must be the same: a verdict from anything else may differ.
 SAME = ("commit", "changes", "kernel_commits", "versions", "options")
@@ -35,7 +36,8 @@ def continued(path: Path, begin: Record) -> Continued:
     for name in SAME:
         if old.get(name) != new.get(name):
             raise ResultsError(
-                f"--continue {path}: its run has {name} {json.dumps(old.get(name))}, this one {json.dumps(new.get(name))}: "
+                f"--continue {path}: its run has {name} {json.dumps(old.get(name))}, this one has "
+                f"{json.dumps(new.get(name))}: "
                 "a verdict may differ, so run the whole again"
             )
     mine = [record for record in lines.records if record.get("run") == old["run"] and record.get("nodeid")]

@@ -189,32 +189,6 @@ def split_nodeid(nodeid: str) -> tuple[str, str]:
     return (path + colons + name, parameters[:-1]) if bracket and rest.endswith("]") else (nodeid, "")
 
 
-def read_results(path: Path) -> tuple[Records, list[str]]:
-    """The records of a results file, and remarks about the lines that are left out: those cut off by a crash.
-
-    ResultsError: the file cannot be read, or holds a record of another schema.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ResultsError(f"{path}: {error.strerror}") from error
-    records, remarks = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            remarks.append(f"{path}:{number}: left out, the line is cut off after {len(line)} characters")
-            continue
-        if record.get("schema") not in (1, 2, 3):
-            known = " and ".join(map(str, (1, 2, 3)))
-            raise ResultsError(f"{path}:{number}: schema={record.get('schema')}: this version reads {known}")
-        if record.get("kind", "verdict") == "verdict":
-            records.append(record)
-    return records, remarks
-
-
 def git_commit(directory: Path) -> str:
     """The git commit of a checkout, with "+changes" if its files differ from it; "unknown" without git."""
     try:
