@@ -5,6 +5,7 @@ Every set of statuses stands here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +88,8 @@ class Verdict:
     def record(self) -> dict[str, Any]:
         """JSON-ready, inert and bounded: infinities become the string "inf", long texts are cut."""
         record: dict[str, Any] = bounded({**self.__dict__, "reason": "", "report": "", "output": "", "notes": []}, TEXT)
+        record["budget"] = _finite(self.budget)
+        record["budgets"] = {name: _finite(used) for name, used in self.budgets.items()}
         record["reason"] = shortened(self.reason, REASON)
         record["report"] = shortened(self.report, REPORT, tail=REPORT // 4)
         record["output"] = shortened(self.output, OUTPUT, tail=OUTPUT // 2)
@@ -94,3 +97,7 @@ class Verdict:
         if len(self.notes) > NOTES:
             record["notes"][-1] = f"and {len(self.notes) - NOTES + 1} notes more"
         return record | {"reproduce": shortened(self.reproduce, 3 * TEXT)}
+
+
+def _finite(used: float) -> float | str:
+    return used if math.isfinite(used) else "inf"

@@ -1,4 +1,4 @@
-"""results/file.py and results/summary.py: records are read back as written; the whole text of the table."""
+"""results/verdict.py, floor.py and summary.py: records, the floor, the whole text of the table."""
 
 import json
 
@@ -8,7 +8,7 @@ from harness import backend
 from harness.base.text import WIDTH, share
 from harness.problem import families
 from harness.results import summary
-from harness.results.file import SCHEMA, Results, ResultsError, git_commit, read_results
+from harness.results.file import ResultsError
 from harness.results.floor import new_floor, read_floor, shortfalls
 from harness.results.summary import Missing
 from harness.results.verdict import Verdict
@@ -18,59 +18,31 @@ def verdict(status, backend="triton", family="layers", reason="", budget=0.0, de
     return Verdict(case, backend, device, status, family, reason, budget=budget).record()
 
 
-# -- the file ---------------------------------------------------------------------------------------------------------
-def test_runs_are_appended_and_read_back(tmp_path):
-    path = tmp_path / "new" / "r.jsonl"
-    for status in ("passed", "failed"):
-        file = Results(path, {"commit": "abc"})
-        file.append(verdict(status, budget=float("inf")))
-        assert path.read_text().endswith("\n")  # at once, not when the file is closed
-        file.close()
-    found, remarks = read_results(path)
-    assert [(r["status"], r["budget"], r["commit"], r["schema"]) for r in found] == [
-        ("passed", "inf", "abc", SCHEMA),
-        ("failed", "inf", "abc", SCHEMA),
-    ]
-    assert (
-        remarks == []
-        and found[0]["run"]
-        and found[0]["time"]
-        and found[0]["reproduce"].startswith("python3 -m harness")
-    )
-
-
-def test_a_line_that_was_cut_is_left_out_and_does_not_spoil_the_next(tmp_path):
-    path = tmp_path / "r.jsonl"
-    file = Results(path, {"commit": "abc"})
-    file.append(verdict("passed"))
-    file.close()
-    path.write_text(path.read_text() + '{"schema": 1, "case": "t1-')
-    file = Results(path, {"commit": "abc"})
-    file.append(verdict("failed"))
-    file.close()
-    found, remarks = read_results(path)
-    assert [r["status"] for r in found] == ["passed", "failed"]
-    assert remarks == [f"{path}:2: left out, the line is cut off after 26 characters"]
-
-
-def test_files_that_cannot_be_used(tmp_path):
-    with pytest.raises(ResultsError, match="No such file or directory"):
-        read_results(tmp_path / "none")
-    (tmp_path / "old").write_text('{"schema": 0}\n')
-    with pytest.raises(ResultsError, match=r"old:1: schema=0: this version reads 1 and 2"):
-        read_results(tmp_path / "old")
-    with pytest.raises(ResultsError, match="--results .*: Is a directory"):
-        Results(tmp_path, {"commit": "abc"})
-
-
+# -- the verdict -----------------------------------------------------------------------------------------------------
 def test_a_backend_that_is_not_registered_is_reproduced_by_its_spec():
     found = Verdict("t1-h64", "mine", "xpu (emulated)", "failed", spec="pkg.moe:Mine").record()
     assert found["reproduce"] == "python3 -m harness run t1-h64 --backend pkg.moe:Mine --device xpu"
 
 
-def test_the_commit_is_unknown_outside_of_git(tmp_path, monkeypatch):
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert git_commit(tmp_path) == "unknown"
+def test_a_record_is_bounded_and_inert():
+    found = Verdict(
+        "t1-h64", "triton", "cpu", "failed", reason="\x1b[2J" + "r" * 999, report="head" + "x" * 10**6 + "tail"
+    )
+    found.output, found.notes = "y" * 10**6, [f"note {n}" for n in range(30)]
+    found.trace = {"launches": ["k" * 5000] * 9999, "allocated_bytes": 10**400, "share": float("nan")}
+    record = found.record()
+    assert len(record["reason"]) <= 500 and record["reason"].startswith("\\x1b[2Jrrr")
+    assert len(record["report"]) <= 64_000 and record["report"].startswith("head") and record["report"].endswith("tail")
+    assert "characters more" in record["report"] and "characters more" in record["reason"]
+    assert len(record["output"]) <= 8_000 and len(record["notes"]) == 20 and record["notes"][-1] == "and 11 notes more"
+    assert len(record["trace"]["launches"]) == 4096 and len(record["trace"]["launches"][0]) <= 2_000
+    assert record["trace"]["allocated_bytes"] == "inf" and record["trace"]["share"] == "nan"
+    assert len(json.dumps(record, allow_nan=False)) < 10**7
+
+
+def test_a_budget_that_is_no_number_is_infinite():
+    found = Verdict("t1-h64", "triton", "cpu", "failed", budget=float("nan"), budgets={"rms": float("inf")}).record()
+    assert found["budget"] == "inf" and found["budgets"] == {"rms": "inf"}
 
 
 # -- the floor --------------------------------------------------------------------------------------------------------
@@ -96,7 +68,7 @@ def test_a_new_floor_is_ninety_percent_of_the_last_run(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("cpu = 3", r"cpu=3: must be a table, \[cpu\]"),
+        ("cpu = 3", r"cpu=3: must be a table, \[DEVICE\]"),
         ("[cpu]\ntriton = -1", r"\[cpu\] triton=-1: must be a count, 0 or more"),
         ("[cpu]\ntriton = true", r"\[cpu\] triton=True: must be a count, 0 or more"),
         ("[cpu", "--floor .*floor.toml: Expected ']'"),
