@@ -154,7 +154,8 @@ class Results(JsonLines):
             raise ResultsError(f"--results {path}: {self._problem}")
 
     def _record(self, kind: str, record: Record) -> None:
-        self.write({"schema": SCHEMA, "kind": kind, **self.common, "time": now(), **record})
+        facts = {"schema": SCHEMA, "kind": kind, **self.common, "time": now()}
+        self.write({**facts, **record, **facts})  # first, and not to be replaced
 
     def plan(self, items: Iterable[PlannedItem]) -> None:
         """Write what the run is going to run."""
