@@ -6,12 +6,14 @@ A process uses either Triton's interpreter or a GPU, never both: a command for s
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.base.arguments import Parser
 from harness.base.errors import UserError
 from harness.commands import (
     bisect,
@@ -39,19 +41,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 all green, 1 something is not green, 2 wrong arguments."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a kernel author's own directory, for --backend package.module:object
-    args = _parser().parse_args(argv)
     try:
-        return args.command(args)
+        args = _parser().parse_args(argv)
+        code = args.command(args)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"moe-harness: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `moe-harness list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python prints another error when it flushes at exit
+        _discard_stdout()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _discard_stdout()
+        print(f"moe-harness: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _discard_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python prints another error when it flushes at exit
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("moe-harness", description="Is this fused MoE kernel right?")
+    parser = Parser("moe-harness", description="Is this fused MoE kernel right?")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(command: Any, name: str, summary: str) -> argparse.ArgumentParser:

@@ -11,8 +11,10 @@ import stat
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-from harness.base.errors import shown
+from harness.base.errors import UserError, bare
+from harness.base.suggest import did_you_mean
 
 LONGEST = 10_000_000  #: seconds, about four months: the most that an option takes
 
@@ -24,7 +26,7 @@ def integer(least: int, most: int = 10**9) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if text.isascii() and text.isdigit() and len(text) <= 20 and least <= int(text) <= most:
             return int(text)
-        raise ArgumentTypeError(f"{shown(text)}: must be an integer from {least} to {most}")
+        raise ArgumentTypeError(f"{bare(text)}: must be an integer from {least} to {most}")
 
     return parse
 
@@ -39,7 +41,9 @@ def number(least: float, most: float, above: bool = False) -> Callable[[str], fl
             value = float("nan")
         if least <= value <= most and not (above and value == least):
             return value
-        raise ArgumentTypeError(f"{shown(text)}: must be a number {'above' if above else 'from'} {least:.9g} to {most:.9g}")
+        raise ArgumentTypeError(
+            f"{bare(text)}: must be a number {'above' if above else 'from'} {least:.9g} to {most:.9g}"
+        )
 
     return parse
 
@@ -65,16 +69,30 @@ def writable_file(text: str) -> Path:
     except FileNotFoundError:
         folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if not folder.is_dir():
-            raise ArgumentTypeError(f"{shown(text)}: {shown(folder)} is no directory") from None
+            raise ArgumentTypeError(f"{bare(text)}: {bare(folder)} is no directory") from None
         if path.is_symlink() or not os.access(folder, os.W_OK | os.X_OK):
-            raise ArgumentTypeError(f"{shown(text)}: must be a file that can be made") from None
+            raise ArgumentTypeError(f"{bare(text)}: must be a file that can be made") from None
         return path
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
-        raise ArgumentTypeError(f"{shown(text)}: {getattr(error, 'strerror', error)}") from error
+        raise ArgumentTypeError(f"{bare(text)}: {getattr(error, 'strerror', error)}") from error
     if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)) or not os.access(path, os.W_OK):
         what = "a directory" if stat.S_ISDIR(mode) else "not a file that can be written"
-        raise ArgumentTypeError(f"{shown(text)} is {what}; valid: a file, new or writable")
+        raise ArgumentTypeError(f"{bare(text)} is {what}; valid: a file, new or writable")
     return path
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are UserErrors, with a suggestion for a misspelt command or choice."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            words = did_you_mean(str(value), map(str, action.choices)) or f"; one of {', '.join(action.choices)}"
+            raise argparse.ArgumentError(action, f"{bare(value)}: no such word{words}")
 
 
 # -- order ------------------------------------------------------------------------------------------------------------

@@ -34,10 +34,15 @@ class _Short(reprlib.Repr):
 
 
 def shown(value: object) -> str:
-    """A wrong value, for a message: plain text as it is, anything else as a literal, cut to about 80 characters."""
+    """A wrong value as a literal, cut to about 80 characters."""
     if not isinstance(value, str | Path):
         return _Short().repr(value)
     text = str(value)
+    return repr(text[:80]) if len(text) <= 80 else f"{text[:80]!r}... ({len(text)} characters)"
+
+
+def bare(value: str | Path) -> str:
+    """A wrong word of a command or a name as it stands, cut to about 80 characters; a literal if it is not plain."""
+    text = str(value)
     plain = text.isascii() and text.isprintable() and text == text.strip() != ""
-    head = text[:80] if plain else repr(text[:80])
-    return head if len(text) <= 80 else f"{head}... ({len(text)} characters)"
+    return text if plain and len(text) <= 80 else shown(text)

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.base import toml
-from harness.base.errors import UserError
+from harness.base.arguments import Parser, integer
+from harness.base.errors import UserError, bare, shown
 from harness.base.processes import ROOT, pytest_words, workers
+from harness.base.suggest import did_you_mean
 from harness.results.file import ResultsError
 from harness.results.floor import read_floor
 
@@ -32,6 +34,7 @@ DURATIONS = ROOT / "cases" / "durations.toml"
 DEVICES = ("cpu", "cuda", "xpu", "xpu-emulated")
 WHEN = ("change", "nightly")
 SELF_HOSTED = "self-hosted"
+MOST_SHARDS = 10_000
 #: Environment variables of a job; results/file.py writes them into every record.
 ROW, SHARD = "MOE_HARNESS_ROW", "MOE_HARNESS_SHARD"
 
@@ -79,15 +82,17 @@ def read(path: Path | None = None) -> dict[str, MatrixRow]:
 
 def _row(name: str, table: Any, path: Path) -> MatrixRow:
     def wrong(key: str, valid: str) -> MatrixError:
-        return MatrixError(f"{path.name}: [{name}] {key}={table[key]!r}: {valid}")
+        return MatrixError(f"{path.name}: [{bare(name)}] {bare(key)}={shown(table[key])}: {valid}")
 
     if not isinstance(table, dict):
-        raise MatrixError(f"{path.name}: {name}={table!r}: must be a table, [{name}]")
+        raise MatrixError(f"{path.name}: {bare(name)}={shown(table)}: must be a table, [{name}]")
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-        raise MatrixError(f"{path.name}: [{name}]: a name is of a-z, 0-9, - and _, since files are named after it")
+        raise MatrixError(
+            f"{path.name}: [{bare(name)}]: a name is of a-z, 0-9, - and _, since files are named after it"
+        )
     for key, value in table.items():
         if key not in VALID:
-            raise wrong(key, f"no such key; valid: {', '.join(VALID)}")
+            raise wrong(key, f"no such key{did_you_mean(key, VALID)}; valid: {', '.join(VALID)}")
         valid, words = VALID[key]
         if not valid(value):
             raise wrong(key, words)
@@ -122,12 +127,12 @@ def _text(value: Any) -> bool:
 
 
 def _count(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= MOST_SHARDS
 
 
 def _is_floor(value: Any) -> bool:
     return isinstance(value, str) or (
-        isinstance(value, dict) and all(type(n) is int and n >= 0 for n in value.values())
+        isinstance(value, dict) and all(type(n) is int and 0 <= n < 10**9 for n in value.values())
     )
 
 
@@ -136,9 +141,9 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "runner": (lambda value: bool(value) and (_text(value) or _words(value)), "a label, or a list of labels"),
     "device": (lambda value: value in DEVICES, f"one of {', '.join(DEVICES)}"),
     "floor": (_is_floor, "a floor file, or a table of counts by backend"),
-    "minutes": (_count, "a number, 1 or more"),
+    "minutes": (_count, f"a number, 1 or more, at most {MOST_SHARDS}"),
     "when": (lambda value: bool(value) and _words(value) and set(value) <= set(WHEN), f"a list of {', '.join(WHEN)}"),
-    "shards": (_count, "a number, 1 or more"),
+    "shards": (_count, f"a number, 1 or more, at most {MOST_SHARDS}"),
     "markers": (_text, "a string"),
     "backends": (_words, "a list of strings"),
     "options": (_words, "a list of strings"),
@@ -154,7 +159,7 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
 def row_named(name: str, rows: dict[str, MatrixRow]) -> MatrixRow:
     """The row of that name. MatrixError: there is none."""
     if name not in rows:
-        raise MatrixError(f"{name}: no such row; one of {', '.join(rows)}")
+        raise MatrixError(f"{bare(name)}: no such row{did_you_mean(name, rows)}; one of {', '.join(rows)}")
     return rows[name]
 
 
@@ -162,9 +167,13 @@ def row_named(name: str, rows: dict[str, MatrixRow]) -> MatrixRow:
 def shard_of(text: str) -> tuple[int, int]:
     """ "2/4" -> (2, 4), the second of four. MatrixError: the text is no shard."""
     number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise MatrixError(f"--shard {text}: I/N with I from 1 to N, such as 2/4")
-    return int(number), int(count)
+    try:
+        parts = integer(1, MOST_SHARDS)(number), integer(1, MOST_SHARDS)(count)
+    except argparse.ArgumentTypeError:
+        parts = (0, 0)
+    if not slash or not 1 <= parts[0] <= parts[1]:
+        raise MatrixError(f"--shard {bare(text)}: I/N with I from 1 to N, such as 2/4; N at most {MOST_SHARDS}")
+    return parts
 
 
 def takes_part(row: MatrixRow, when: str, runners: Iterable[str]) -> bool:
@@ -260,15 +269,15 @@ def plain(args: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `python3 -m harness.ci.matrix`."""
-    parser = argparse.ArgumentParser("python3 -m harness.ci.matrix", description="The commands without installation.")
+    parser = Parser("python3 -m harness.ci.matrix", description="The commands without installation.")
     add_arguments(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, 2 for wrong arguments."""
-    args = parser().parse_args(argv)
     try:
+        args = parser().parse_args(argv)
         if not (args.json or args.install):
             raise MatrixError("--json or --install; to list and run rows: python3 -m harness matrix")
         return plain(args)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.base import toml
-from harness.base.errors import UserError
+from harness.base.errors import UserError, bare, shown
 from harness.base.processes import ROOT
 
 BUGS, KERNELS = ROOT / "cases" / "bugs", ROOT / "kernels"
@@ -46,6 +46,7 @@ FOLLOWS = {
 }
 REQUIRED = ("source", "edit", "old", "new", "reveals")
 OPTIONAL = ("backends", "cause", "device", "survives", "raises")
+LISTS = ("edit", "old", "new", "backends")  #: keys that may have a list
 
 
 class BugError(UserError):
@@ -134,12 +135,17 @@ def read(directory: Path | None = None) -> dict[str, Bug]:
 
 def _bug(kind: str, name: str, entry: Any) -> Bug:
     if not isinstance(entry, dict):
-        raise BugError(f"{kind}.toml: {name}={entry!r}: expected a table with {', '.join(REQUIRED)}")
+        raise BugError(f"{kind}.toml: {bare(name)}={shown(entry)}: expected a table with {', '.join(REQUIRED)}")
     missing = [key for key in REQUIRED if key not in entry]
     unknown = set(entry) - {*REQUIRED, *OPTIONAL}
     if missing or unknown:
         wrong = f"missing: {', '.join(missing)}" if missing else f"unknown: {', '.join(sorted(unknown))}"
         raise BugError(f"{kind}.toml: {name}: {wrong}; keys: {', '.join(REQUIRED)}, and {', '.join(OPTIONAL)}")
+    for key, value in entry.items():
+        texts = value if key in LISTS and isinstance(value, list) and value else [value]
+        if not all(isinstance(text, str) for text in texts):
+            words = "text or a list of texts" if key in LISTS else "text"
+            raise BugError(f"{kind}.toml: {bare(name)}: {key}={shown(value)}: must be {words}")
     old, new = _as_list(entry["old"]), _as_list(entry["new"])
     places = _as_list(entry["edit"])
     places = places * len(old) if len(places) == 1 else places
@@ -150,6 +156,8 @@ def _bug(kind: str, name: str, entry: Any) -> Bug:
     edits = []
     for place, before, after in zip(places, old, new):
         file, _, function = place.partition(":")
+        if not (KERNELS / file).resolve().is_relative_to(KERNELS):
+            raise BugError(f"{kind}.toml: {name}: edit={shown(place)}: must be a file under kernels/")
         edits.append(Edit(file, function, before, after))
     family, _, words = entry["reveals"].partition(":")
     backends = tuple(_as_list(entry.get("backends", list(_followers(edits[0].file)))))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
-from harness.base.errors import UserError, shown
+from harness.base.errors import UserError, bare, shown
 from harness.base.suggest import did_you_mean
 from reference.scheme import (
     ACTIVATION_GRANULARITIES,
@@ -136,7 +136,7 @@ class Problem:
     def __post_init__(self) -> None:
         def require(condition: bool, name: str, valid: str) -> None:
             if not condition:
-                raise DescriptorError(f"{name}={shown(str(getattr(self, name)))}: {valid}")
+                raise DescriptorError(f"{name}={bare(str(getattr(self, name)))}: {valid}")
 
         for name in ("tokens", "shared_experts"):
             require(0 <= getattr(self, name) <= MOST, name, f"must be 0 or more, at most {MOST}")
@@ -200,7 +200,7 @@ class Case:
 
     def __post_init__(self) -> None:
         if self.fill not in FILLS:
-            raise DescriptorError(f"fill={shown(self.fill)}: one of {', '.join(FILLS)}")
+            raise DescriptorError(f"fill={bare(self.fill)}: one of {', '.join(FILLS)}")
         if not 0 <= self.seed <= MOST_SEED:
             raise DescriptorError(f"seed={shown(self.seed)}: must be 0 or more, at most {MOST_SEED}")
 
@@ -218,7 +218,7 @@ class Case:
         """The Case of a descriptor; DescriptorError says which token is wrong and what would be valid there."""
         text, found = text.strip(), dict[str, Any]()
         if len(text) > LONGEST:
-            raise DescriptorError(f"{shown(text)}: a descriptor has at most {LONGEST} characters")
+            raise DescriptorError(f"{bare(text)}: a descriptor has at most {LONGEST} characters")
         for token in text.split("-"):
             rules = [rule for rule in GRAMMAR if re.fullmatch(rule.pattern, token)]
             if not rules:

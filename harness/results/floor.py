@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from harness.base import toml
+from harness.base.errors import bare, shown
 from harness.results.file import Record, Records, ResultsError
 from harness.results.verdict import NOT_EXECUTED
 
@@ -26,13 +27,16 @@ def executed(records: Iterable[Record]) -> Counter[tuple[str, str]]:
 
 def read_floor(path: Path) -> dict[str, dict[str, int]]:
     """{section: {backend: least number}} of a floor file. ResultsError: it cannot be used."""
-    floor = toml.read(path, ResultsError, f"--floor {path}")
+    floor = toml.read(path, ResultsError, f"--floor {bare(path)}")
+    if not any(floor.values()):
+        raise ResultsError(f"--floor {path}: demands nothing; valid: tables [DEVICE] of counts by backend")
     for device, numbers in floor.items():
         if not isinstance(numbers, dict):
-            raise ResultsError(f"--floor {path}: {device}={numbers!r}: must be a table, [{device}]")
+            raise ResultsError(f"--floor {path}: {bare(device)}={shown(numbers)}: must be a table, [DEVICE]")
         for backend, number in numbers.items():
-            if type(number) is not int or number < 0:
-                raise ResultsError(f"--floor {path}: [{device}] {backend}={number!r}: must be a count, 0 or more")
+            if type(number) is not int or not 0 <= number < 10**9:
+                where = f"[{bare(device)}] {bare(backend)}={shown(number)}"
+                raise ResultsError(f"--floor {path}: {where}: must be a count, 0 or more")
     return floor
 
 

@@ -20,7 +20,7 @@ way, and is red if it passes, so that the entry is removed. A known crash or han
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from datetime import date
 from fnmatch import fnmatchcase
@@ -28,12 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from harness.base import toml
-from harness.base.errors import UserError
+from harness.base.errors import UserError, bare, shown
 from harness.base.processes import ROOT
-from harness.problem.case import Case, DescriptorError
+from harness.base.suggest import did_you_mean
+from harness.problem.case import Case
 from harness.results.verdict import FAILED, Verdict
 
 LEDGER = ROOT / "cases" / "ledger.toml"
+DEVICES = ("cpu", "cuda", "xpu")
+LONGEST = 1000  #: characters of an expression
 
 
 class LedgerError(UserError):
@@ -80,15 +83,20 @@ def read(path: Path | None = None) -> list[KnownFailure]:
     path = path or LEDGER
     table = toml.read(path, LedgerError, f"--ledger {path}")
     if strange := set(table) - {"known"}:
-        raise LedgerError(f"--ledger {path}: {', '.join(sorted(strange))}: every entry is a table [[known]]")
-    return [_entry(f"--ledger {path}: entry {n}", entry) for n, entry in enumerate(table.get("known", []), 1)]
+        raise LedgerError(f"--ledger {path}: {bare(min(strange))}: every entry is a table [[known]]")
+    entries = table.get("known", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise LedgerError(f"--ledger {path}: known={shown(entries)}: every entry is a table [[known]]")
+    return [_entry(f"--ledger {path}: entry {n}", entry) for n, entry in enumerate(entries, 1)]
 
 
 def _entry(where: str, table: dict[str, Any]) -> KnownFailure:
     valid = {f.name: f for f in fields(KnownFailure)}
     for name in table:
         if name not in valid:
-            raise LedgerError(f"{where}: {name}: no such field; valid: {', '.join(valid)}")
+            raise LedgerError(
+                f"{where}: {bare(name)}: no such field{did_you_mean(name, valid)}; valid: {', '.join(valid)}"
+            )
     for name in ("backend", "cases", "says", "shows", "why"):
         if not table.get(name):
             raise LedgerError(f"{where} has no {name}")
@@ -96,27 +104,36 @@ def _entry(where: str, table: dict[str, Any]) -> KnownFailure:
     texts = {n: v for n, v in table.items() if n not in lists}
     for name, value in texts.items():
         if not isinstance(value, str):
-            raise LedgerError(f"{where}: {name}={value!r}: must be text")
+            raise LedgerError(f"{where}: {name}={shown(value)}: must be text")
     entry = KnownFailure(**lists, **texts)  # type: ignore[arg-type]
     if entry.status not in FAILED:
-        raise LedgerError(f"{where}: status={entry.status!r}; valid: {', '.join(FAILED)}")
+        raise LedgerError(f"{where}: status={shown(entry.status)}; valid: {', '.join(FAILED)}")
+    if strange := set(entry.devices) - set(DEVICES):
+        valid_devices = f"{did_you_mean(min(strange), DEVICES)}; valid: {', '.join(DEVICES)}"
+        raise LedgerError(f"{where}: devices={shown(min(strange))}{valid_devices}")
     if bool(entry.issue) == bool(entry.found):
         raise LedgerError(f"{where}: needs either issue, the address of a public issue, or found, a date")
     if entry.issue and not entry.issue.startswith("https://"):
-        raise LedgerError(f"{where}: issue={entry.issue!r}: must be an address, https://...")
-    try:
-        date.fromisoformat(entry.found or "2000-01-01")
-        re.compile(entry.says)
-        Case.parse(entry.shows)
-    except (ValueError, re.error, DescriptorError) as error:
-        raise LedgerError(f"{where}: found, says or shows: {error}") from error
+        raise LedgerError(f"{where}: issue={shown(entry.issue)}: must be an address, https://...")
+    _check(where, "found", date.fromisoformat, entry.found or "2000-01-01", "a date, such as 2026-11-23")
+    _check(where, "says", re.compile, entry.says, "a regular expression")
+    _check(where, "shows", Case.parse, entry.shows, "a descriptor")
     return entry
+
+
+def _check(where: str, name: str, parse: Callable[[str], object], text: str, valid: str) -> None:
+    try:
+        if len(text) > LONGEST:
+            raise ValueError(f"{len(text)} characters, at most {LONGEST}")
+        parse(text)
+    except (ValueError, re.error, OverflowError, RecursionError) as error:
+        raise LedgerError(f"{where}: {name}={shown(text)}: must be {valid}: {error}") from error
 
 
 def _strings(where: str, name: str, value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(v, str) and v for v in texts):
-        raise LedgerError(f"{where}: {name}={value!r}: must be text or a list of texts")
+        raise LedgerError(f"{where}: {name}={shown(value)}: must be text or a list of texts")
     return tuple(texts)
 
 

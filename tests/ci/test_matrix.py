@@ -51,7 +51,10 @@ def test_the_rows_of_this_project():
         ("a = 3", r"a=3: must be a table, \[a\]"),
         (f"[a]\n{GOOD}\n[a]\n{GOOD}", r"matrix.toml: Cannot declare \('a',\) twice|matrix.toml: .*[Ddeclare].* twice"),
         (f"[A]\n{GOOD}", r"\[A\]: a name is of a-z"),
-        (f"[a]\n{GOOD}shard = 2", r"\[a\] shard=2: no such key; valid: runner, device, .*, shards"),
+        (
+            f"[a]\n{GOOD}shard = 2",
+            r"\[a\] shard=2: no such key; did you mean .shards..; valid: runner, .*, shards",
+        ),
         (
             f"[a]\n{GOOD.replace('device = ', 'markers = ')}",
             r"\[a\] has no device: one of cpu, cuda, xpu, xpu-emulated",
@@ -147,7 +150,9 @@ def test_what_is_installed(rows, monkeypatch, tmp_path):
     assert matrix.main(["--install"]) == matrix.main(["none", "--json"]) == matrix.main([]) == 2
 
 
-@pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "-1/2", "1/2/3", "a/b", "1 / 2"])
+@pytest.mark.parametrize(
+    "text", ["", "1", "0/2", "3/2", "-1/2", "1/2/3", "a/b", "1 / 2", "１/2", "1/100000000", "1/" + "9" * 400]
+)
 def test_a_shard_that_is_none(text):
     with pytest.raises(MatrixError, match="I/N with I from 1 to N, such as 2/4"):
         matrix.shard_of(text)
@@ -248,5 +253,5 @@ def test_wrong_words(rows, capsys):
     assert cli.main(["matrix", "b"]) == cli.main(["matrix", "a", "--shard", "2"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "moe-harness: b: no such row; one of a",
-        "moe-harness: --shard 2: I/N with I from 1 to N, such as 2/4",
+        "moe-harness: --shard 2: I/N with I from 1 to N, such as 2/4; N at most 10000",
     ]

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from harness import cli
+from harness.base.errors import UserError
 from harness.base.processes import ROOT
 from harness.ci import gather, matrix
 from harness.results.verdict import Verdict
@@ -93,7 +94,7 @@ def test_every_command_is_one_that_there_is():
 
 
 def test_a_command_that_there_is_not_would_be_noticed():
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="unrecognized arguments: --shards"):
         cli._parser().parse_args(["matrix", "cpu", "--shards", "1/2"])
 
 

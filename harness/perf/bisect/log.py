@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from harness.base.errors import UserError
+from harness.base.errors import UserError, shown
 
 FORMAT = 2  #: version of the lines; a log of another version is not continued
 
@@ -34,7 +34,9 @@ class Log:
         self.cut = 0  #: lines that cannot be read: a search was killed while it wrote them
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+", encoding="utf-8")
+            if path.exists() and not path.is_file():
+                raise UserError(f"--log {path}: must be a regular file")
+            self._file = path.open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(f"--log {path}: {error.strerror}") from error
         try:
@@ -58,8 +60,8 @@ class Log:
         lines = []
         for line in filter(None, text.split("\n")):
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
+                lines.append(_checked(json.loads(line)))
+            except (ValueError, RecursionError):
                 self.cut += 1
         if lines and lines[0] != header:
             why = _difference(lines[0], header)
@@ -91,8 +93,15 @@ class Log:
         self._file.close()
 
 
+def _checked(line: Any) -> dict[str, Any]:
+    """A line that is a header or a measurement; ValueError for any other."""
+    if not isinstance(line, dict) or not ("moe-harness-bisect" in line or {"commit", "kind"} <= set(line)):
+        raise ValueError("neither a header nor a measurement")
+    return line
+
+
 def _difference(first: Any, header: dict[str, Any]) -> str:
-    if not isinstance(first, dict) or first.get("moe-harness-bisect") != FORMAT:
+    if first.get("moe-harness-bisect") != FORMAT:
         return "it is no log of this version of moe-harness bisect"
     names = [name for name in header if first.get(name) != header[name]]
-    return "it holds another search: " + ", ".join(f"{n}={first.get(n)!r}, not {header[n]!r}" for n in names)
+    return "it holds another search: " + ", ".join(f"{n}={shown(first.get(n))}, not {shown(header[n])}" for n in names)

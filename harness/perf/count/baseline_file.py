@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.base import toml
-from harness.base.errors import UserError
+from harness.base.errors import UserError, bare, shown
 from harness.base.processes import ROOT
 from harness.perf.count.compiled import Compiled
 from harness.perf.metrics import STRUCTURE
@@ -27,6 +27,7 @@ HEADER = """\
 #
 # A new case: its table with a reason (`why`), and accept. `needs` names a package on whose version its numbers rest.
 """
+MOST = 1_000_000  #: equal allocations of a call
 _KEYS = {"why", "needs", "numbers", "launched", "allocated", "operators", "copies", "waits", "functions"}
 _FUNCTIONS = ": "  # between a module and the names of its functions
 
@@ -77,21 +78,35 @@ def parse(text: str, name: str = "baseline") -> Baseline:
 
 def _baseline(content: dict[str, Any], name: str) -> Baseline:
     versions, compiled = content.pop("versions", {}), content.pop("compiled", {})
+    if not content:
+        raise BaselineError(f'{name}: holds no cases; a case is a table, ["DESCRIPTOR @ BACKEND"]')
+    if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
+        raise BaselineError(f"{name}: versions={shown(versions)}: must be a table of strings, [versions]")
     blocks = []
     for key, table in content.items():
         descriptor, at, backend = key.partition(" @ ")
         if not at or not isinstance(table, dict):
-            raise BaselineError(f'{name}: {key!r}: must be a table, ["DESCRIPTOR @ BACKEND"]')
+            raise BaselineError(f'{name}: {shown(key)}: must be a table, ["DESCRIPTOR @ BACKEND"]')
         if not isinstance(table.get("why"), str) or not table["why"]:
-            raise BaselineError(f'{name}: ["{key}"] why={table.get("why")!r}: must be the reason for this case')
+            raise BaselineError(f'{name}: ["{key}"] why={shown(table.get("why"))}: must be the reason for this case')
         for unknown in set(table) - _KEYS:
-            raise BaselineError(f'{name}: ["{key}"] {unknown}: no such key; one of {", ".join(sorted(_KEYS))}')
+            raise BaselineError(f'{name}: ["{key}"] {bare(unknown)}: no such key; one of {", ".join(sorted(_KEYS))}')
         try:
             record = _record(table) if "numbers" in table else None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BaselineError(f'{name}: ["{key}"]: {type(error).__name__} {error}; accept it anew') from error
-        blocks.append(Block(descriptor, backend, table["why"], tuple(table.get("needs", ())), record))
-    return Baseline(versions, blocks, {k: _numbers(v) for k, v in compiled.items()})
+        needs = table.get("needs", [])
+        if not isinstance(needs, list) or not all(isinstance(package, str) for package in needs):
+            raise BaselineError(f'{name}: ["{key}"] needs={shown(needs)}: must be a list of packages')
+        blocks.append(Block(descriptor, backend, table["why"], tuple(needs), record))
+    return Baseline(versions, blocks, _compiled(compiled, name))
+
+
+def _compiled(tables: Any, name: str) -> Compiled:
+    try:
+        return {kernel: _numbers(targets) for kernel, targets in tables.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BaselineError(f"{name}: compiled={shown(tables)}: must be tables of numbers by target") from error
 
 
 def _record(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,6 +135,8 @@ def _numbers(targets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _repeated(line: str) -> list[str]:
     count, times, what = line.partition(" x ")
+    if times and not 1 <= int(count) <= MOST:
+        raise ValueError(f"{count} x: must be from 1 to {MOST}")
     return [what] * int(count) if times else [line]
 
 
