@@ -22,7 +22,9 @@ SCALAR = Anything(0)
 COUNT = Number(least=0, most=1e15, whole=True)
 ANY_NUMBER = Number(words=("inf", "-inf", "nan"))
 SHARE = Number(least=0, words=("inf",))
-NAME = Text(200, least=1)
+LINE = Text(pattern="[^\\n]*")
+NAME = Text(200, pattern="[^\\n]+")
+ID = Text(pattern="[^\\n]+")
 PERF = (
     "device_us", "host_us", "compile_seconds", "bytes", "flops", "bytes_per_s", "flops_per_s", "floor_us",
 )  # fmt: skip
@@ -46,19 +48,19 @@ COMMON: dict[str, Type] = {
 
 #: Fields of a verdict: of harness/results/verdict.py, and of the plugin.
 VERDICT: dict[str, Type] = {
-    "nodeid": Text(),
-    "case": Text(least=1),
-    "backend": Text(least=1),
-    "device": Text(least=1),
+    "nodeid": LINE,
+    "case": ID,
+    "backend": ID,
+    "device": ID,
     "status": Choice(STATUSES),
-    "family": Text(),
+    "family": LINE,
     "reason": Text(REASON),
     "report": Text(REPORT),
     "output": Text(OUTPUT),
     "notes": Listing(Text(NOTE), NOTES),
     "budget": SHARE,
     "budgets": Table(SHARE),
-    "statistic": Text(),
+    "statistic": LINE,
     "plan": Text(),
     "seconds": Number(least=0),
     "calls": COUNT,
@@ -71,14 +73,14 @@ VERDICT: dict[str, Type] = {
         | {"clocks": Table(SCALAR), "configurations": Listing(Text()), "kernels_compiled": COUNT}
     ),
     "error_map": Fields(ERROR_MAP, tuple(ERROR_MAP), empty=True),
-    "cause": Text(),
-    "stage": Text(),
-    "known": Text(),
+    "cause": LINE,
+    "stage": LINE,
+    "known": LINE,
     "spec": Text(),
-    "error_type": Text(),
+    "error_type": LINE,
     "device_lost": Flag(),
     "environment": Table(SCALAR),
-    "reproduce": Text(6_000),
+    "reproduce": Text(6_000, "[^\\n]*"),
 }
 
 NEEDED = ("case", "backend", "device", "status")  #: of a verdict of any version
@@ -128,14 +130,14 @@ TYPES = {
 def _old(kind: Type) -> Type:
     """The type with the longer texts of the old versions."""
     if isinstance(kind, Text):
-        return Text(OLD_TEXT)
+        return Text(OLD_TEXT, kind.pattern)
     return Listing(_old(kind.of), kind.most) if isinstance(kind, Listing) else kind
 
 
 #: A verdict of schema 1 or 2.
 OLD = Fields(
     {name: _old(kind) for name, kind in (COMMON | VERDICT).items()}
-    | {"schema": Choice((1, 2)), "kind": SCALAR, "shard": COMMON["shard"]},
+    | {"schema": Choice((1, 2)), "kind": SCALAR, "time": Text()},
     ("schema", *NEEDED),
 )
 

@@ -29,16 +29,15 @@ class Text(Type):
 
     limit: int = TEXT
     pattern: str = ""
-    least: int = 0
 
     def problem(self, value: Any) -> str:
-        if type(value) is not str or not self.least <= len(value) <= self.limit:
-            return f"text of {self.least} to {self.limit} characters"
+        if type(value) is not str or len(value) > self.limit:
+            return f"text of at most {self.limit} characters"
         return "" if not self.pattern or re.fullmatch(self.pattern, value) else f"text that matches {self.pattern}"
 
     def schema(self) -> dict[str, Any]:
         more = {"pattern": rf"^(?:{self.pattern})$(?!\n)"} if self.pattern else {}
-        return {"type": "string", "maxLength": self.limit, **({"minLength": self.least} if self.least else {}), **more}
+        return {"type": "string", "maxLength": self.limit, **more}
 
 
 @dataclass(frozen=True)

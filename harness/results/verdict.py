@@ -88,6 +88,7 @@ class Verdict:
     def record(self) -> dict[str, Any]:
         """JSON-ready, inert and bounded: infinities become the string "inf", long texts are cut."""
         record: dict[str, Any] = bounded({**self.__dict__, "reason": "", "report": "", "output": "", "notes": []}, TEXT)
+        record |= {name: " ".join(text.splitlines()) for name, text in record.items() if isinstance(text, str)}
         record["budget"] = _finite(self.budget)
         record["budgets"] = {name: _finite(used) for name, used in self.budgets.items()}
         record["reason"] = shortened(self.reason, REASON)
@@ -96,7 +97,7 @@ class Verdict:
         record["notes"] = [shortened(note, NOTE) for note in self.notes[:NOTES]]
         if len(self.notes) > NOTES:
             record["notes"][-1] = f"and {len(self.notes) - NOTES + 1} notes more"
-        return record | {"reproduce": shortened(self.reproduce, 3 * TEXT)}
+        return record | {"reproduce": shortened(" ".join(self.reproduce.splitlines()), 3 * TEXT)}
 
 
 def _finite(used: float) -> float | str:

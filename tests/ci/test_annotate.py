@@ -46,7 +46,13 @@ def test_failures_of_one_file_are_one_annotation():
     )
 
 
-@pytest.mark.parametrize("nodeid", ["", "cases/none.py::x", "::", "/etc::x", "/etc/passwd::x", "cases::x"])
+@pytest.mark.parametrize(
+    "nodeid",
+    [
+        "", "cases/none.py::x", "::", "/etc::x", "/etc/passwd::x", "cases::x", "../../../../../etc/passwd::x",
+        "cases/../README.md::x", "a" * 5000 + "::x", "a\0b::x", "/dev/zero::x", ".::x",
+    ],
+)  # fmt: skip
 def test_no_file_is_invented(nodeid):
     assert family_file({"nodeid": nodeid}) == "" == family_file({})
 
@@ -55,3 +61,12 @@ def test_the_file_is_relative_to_the_repository(tmp_path):
     (tmp_path / "cases").mkdir()
     (tmp_path / "cases" / "test_mine.py").touch()
     assert family_file({"nodeid": "cases/test_mine.py::test_mine[t1-h64:mine:cpu]"}, tmp_path) == "cases/test_mine.py"
+
+
+def test_a_link_that_leads_out_of_the_checkout_is_not_followed(tmp_path):
+    inside = tmp_path / "checkout"
+    inside.mkdir()
+    (tmp_path / "secret").touch()
+    (inside / "link.py").symlink_to(tmp_path / "secret")
+    (inside / "circle.py").symlink_to(inside / "circle.py")
+    assert family_file({"nodeid": "link.py::x"}, inside) == family_file({"nodeid": "circle.py::x"}, inside) == ""

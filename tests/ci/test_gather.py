@@ -6,8 +6,8 @@ import pytest
 
 from harness import cli
 from harness.ci import gather, matrix
-from harness.results.file import Results
 from harness.results.verdict import Verdict
+from tests.support.results_files import write_run
 
 ROWS = """
 [a]
@@ -42,11 +42,11 @@ def write(tmp_path, monkeypatch):
         monkeypatch.setenv(matrix.ROW, row)
         monkeypatch.setenv(matrix.SHARD, shard)
         path = tmp_path / "results" / f"{name or row}-{shard[0]}.jsonl"
-        file = Results(path, {"commit": "abc"})
-        for tokens, status in enumerate(statuses, first):
-            found = Verdict(f"t{tokens}-h64", backend, device, status, "layers", reason if status != "passed" else "")
-            file.append(found.record())
-        file.close()
+        found = [
+            Verdict(f"t{tokens}-h64", backend, device, status, "layers", reason if status != "passed" else "")
+            for tokens, status in enumerate(statuses, first)
+        ]
+        write_run(path, [verdict.record() for verdict in found])
         return path
 
     return go
@@ -107,7 +107,8 @@ def test_a_plan_is_what_must_be_there(write, go, rows):
 def test_nothing_at_all_is_red(go, tmp_path, rows, capsys):
     (tmp_path / "results").mkdir()
     code, lines = go("--plan", json.dumps(matrix.jobs(rows.values())))
-    assert code == 1 and lines[-1] == "5 problems: 0 verdicts executed"
+    assert code == 1 and lines[-1] == "6 problems: 0 verdicts executed"
+    assert "no verdicts: nothing was tested" in lines
     assert gather.main([str(tmp_path / "results")]) == 2  # without a plan: nothing says what should be there
     assert "must have *.jsonl files" in capsys.readouterr().err
 
@@ -124,7 +125,8 @@ def test_a_job_that_was_run_again_counts_once_and_last(write, go):
     write("a", "2/2", "passed", first=7)
     assert go()[0] == 1
     path = write("a", "1/2", "passed", "passed", "passed", name="again")
-    lines = [json.loads(line) | {"run": "later", "time": "2999"} for line in path.read_text().splitlines()]
+    later = {"run": "later", "time": "2999-01-01T00:00:00+0000"}
+    lines = [json.loads(line) | later for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, lines = go()
     assert code == 0 and lines[-1] == "good: 4 verdicts executed"
@@ -150,7 +152,29 @@ def test_what_was_left_out_is_said(write, go):
     path = write("b", "1/1", "passed")
     path.write_text(path.read_text() + path.read_text()[:40])
     code, lines = go()
-    assert code == 0 and "cut off" in lines[0]
+    assert code == 0 and "cut off" in lines[0]  # the run has an end: it lacks nothing
+    path.write_text(path.read_text() + '\n{"schema": 4}\n')
+    code, lines = go()
+    assert code == 1 and f"1 record not valid, left out: {path}:6: schema=4: valid is 1 to 3" in lines[-2]
+
+
+def test_a_run_that_was_killed_is_red_although_all_of_its_verdicts_are_green(write, go):
+    path = write("b", "1/1", "passed", "passed")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    code, lines = go()
+    assert code == 1 and lines[-1] == "1 problem: 1 verdict executed"
+    assert lines[-2].startswith("b, shard 1/1, run ") and "1 of 2 planned cases without a verdict" in lines[-2]
+
+
+def test_a_row_of_very_many_shards_is_one_line(write, go):
+    write("a", "1/9999", "passed", "passed", "passed")
+    code, lines = go()
+    missing = "a, 9998 of 9999 shards, 2/9999, 3/9999, 4/9999 and 9995 more: no results"
+    assert code == 1 and sum("9999" in line for line in lines if missing not in line) == 1  # that of the table
+    assert any(line.startswith(missing) for line in lines)
+    path = write("a", "1/2", "passed")
+    path.write_text(path.read_text().replace('"1/2"', '"1/100000000"'))
+    assert any("shard='1/100000000': valid is" in line for line in go()[1])
 
 
 # -- for people -------------------------------------------------------------------------------------------------------
@@ -162,13 +186,30 @@ def test_in_a_job_of_github_s(write, go, tmp_path, monkeypatch):
     write("a", "1/2", "failed", reason="off by 100%")
     code, lines = go("--markdown", str(tmp_path / "own.md"))
     errors = [line for line in lines if line.startswith("::error")]
-    assert code == 1 and len(errors) == 3
+    assert code == 1 and len(errors) == 3 and lines[0].startswith("::stop-commands::")
     assert errors[0].startswith("::error::a, shard 2/2: no results") and errors[1].startswith(
         "::error::a, floor: triton"
     )
     line = "python3 -m harness run t1-h64 --backend triton --device cpu"
-    assert errors[2] == f"::error title=failed%3A triton on cpu::off by 100%25%0A{line}"
+    assert errors[2] == f"::error file=cases/test_layers.py,title=failed%3A triton on cpu::off by 100%25%0A{line}"
     assert page.read_text() == "before\n" + (tmp_path / "own.md").read_text()
+
+
+def test_a_record_gives_no_command_to_github(write, go, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    commands = "::error::mine\n::add-mask::x\n##[error]x\x1b[2J\u202e"
+    path = write("b", "1/1", "failed", "unsupported", reason=commands, backend="\n::mine")
+    path.write_text(path.read_text().replace('"reason": "', '"reason": "\\u001b[1m::error::raw\\n'))
+    code, lines = go()
+    token = lines[0].removeprefix("::stop-commands::")
+    assert code == 1 and len(token) == 32 and lines.count(f"::{token}::") == 1
+    shown = lines[1 : lines.index(f"::{token}::")]
+    assert not [line for line in shown if line.strip().startswith("::") or "##[" in line or "\x1b" in line]
+    rest = lines[len(shown) + 2 :]
+    assert rest and all(line.startswith(("::error::", "::error file=", "::error title=")) for line in rest)
+    assert not any("::mine" in line.partition("::error")[0] for line in rest)
+    again = go()[1][0]
+    assert again.startswith("::stop-commands::") and again != lines[0]
 
 
 def test_elsewhere_there_are_no_commands_of_github_s(write, go):

@@ -13,7 +13,10 @@ from harness.mutate import outcomes, summary
 from harness.mutate.bugs import Bug
 from harness.mutate.outcomes import Outcome
 from harness.mutate.protocol import MutantRun, Settings
-from harness.results.file import Results
+from harness.results.merge import merge
+from harness.results.reader import read_results
+from harness.results.verdict import Verdict
+from tests.support.results_files import write_run
 
 BUG = Bug("made-up", "made_up", "x#1", (), "layers", ("bias", "e4m3"), ("triton",))
 
@@ -61,11 +64,17 @@ def test_records_come_back_as_they_were_written(tmp_path):
     file = outcomes.OutcomesFile(tmp_path / "r.jsonl", "cpu")
     file.append(stored)
     file.close()
-    other = Results(tmp_path / "r.jsonl", {"commit": "commit"})  # verdicts of another command in the same file
-    other.append({"case": "t1", "status": "passed"})
-    other.close()
+    write_run(tmp_path / "r.jsonl", [Verdict("t1", "tiny", "cpu", "passed").record()])  # of another command
     again = outcomes.OutcomesFile(tmp_path / "r.jsonl", "cpu")
     assert again.get("d") == stored and again.get("another") is None
+    assert read_results(tmp_path / "r.jsonl").problems == [] and len(merge([tmp_path / "r.jsonl"]).records) == 1
+
+
+def test_an_outcome_that_is_lost_is_told(tmp_path):
+    file = outcomes.OutcomesFile(tmp_path / "r.jsonl", "cpu")
+    file.append(outcome("a", "killed"))
+    (tmp_path / "r.jsonl").unlink()
+    assert "r.recovered-1.jsonl" in file.close()[0]
 
 
 def test_the_digest_of_an_entry_depends_on_the_entry_and_the_settings():

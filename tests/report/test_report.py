@@ -8,8 +8,8 @@ import pytest
 from harness import cli
 from harness.report import data, history, performance
 from harness.report.history import Place
-from harness.results.file import Results
 from harness.results.verdict import Verdict
+from tests.support.results_files import write_run
 
 HOST = {"python": "3.12", "torch": "2.11", "host": "x86_64"}
 
@@ -252,9 +252,7 @@ def test_series_that_are_easy_to_judge(series, at):
 
 # -- the command ------------------------------------------------------------------------------------------------------
 def test_the_command_writes_one_page(tmp_path, capsys):
-    file = Results(tmp_path / "r.jsonl", {"commit": "abc"})
-    file.append(Verdict("t1-h64-i64-e4-k2-bf16-exact", "triton", "cpu", "passed", "layers").record())
-    file.close()
+    write_run(tmp_path / "r.jsonl", [verdict("t1-h64-i64-e4-k2-bf16-exact")])
     out = tmp_path / "page.html"
     assert cli.main(["report", str(tmp_path / "r.jsonl"), "--out", str(out), "--title", "<Night & day>"]) == 0
     assert "1 record" in capsys.readouterr().out
@@ -267,7 +265,7 @@ def test_the_command_writes_one_page(tmp_path, capsys):
     "content, out, said",
     [
         ("hello", "page.html", "no results file: line 1 begins 'hello'"),
-        ("", "page.html", "no record in it that can be read"),
+        ("", "page.html", "no verdict in it that can be read"),
         ("good", "no/such/page.html", "No such file or directory"),
     ],
 )
@@ -276,3 +274,17 @@ def test_what_the_command_cannot_do(tmp_path, capsys, content, out, said):
     (tmp_path / "r.jsonl").write_text(text)
     assert cli.main(["report", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / out)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_newest_run_that_is_not_whole_is_a_warning_and_an_exit_code(tmp_path, capsys):
+    path, words = tmp_path / "r.jsonl", ["report", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "page.html")]
+    one, two = verdict("t1-h64-i64-e4-k2-bf16-exact"), verdict("t2-h64-i64-e4-k2-bf16-exact")
+    write_run(path, [one], missing=[two], end=False, run="2020-01-01T00:00:00+0000 1")
+    assert cli.main(words) == 1
+    assert "1 of 2 planned cases without a verdict" in capsys.readouterr().err
+    assert "1 of 2 planned cases without a verdict" in (tmp_path / "page.html").read_text()
+    write_run(path, [one])
+    assert cli.main(words) == 0, "the older run is history, and stays a warning"
+    assert "1 of 2 planned cases without a verdict" in capsys.readouterr().err
+    path.write_text(path.read_text() + '{"schema": 3, "kind": "odd"}\n')
+    assert cli.main(words) == 1 and "kind='odd': valid is one of begin" in capsys.readouterr().err
