@@ -17,6 +17,8 @@ from harness.base.errors import UserError, bare
 from harness.base.suggest import did_you_mean
 
 LONGEST = 10_000_000  #: seconds, about four months: the most that an option takes
+MOST_JOBS = 1024  #: processes
+MOST_SEED = 2**64 - 1
 
 
 # -- types ------------------------------------------------------------------------------------------------------------

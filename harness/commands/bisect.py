@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import device as devices
-from harness.base.errors import UserError
+from harness.base.arguments import integer, writable_file
+from harness.base.errors import UserError, bare
 from harness.base.processes import ROOT
 from harness.commands import parse_case
 from harness.device import DEVICES
@@ -34,11 +35,15 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument("--repo", type=Path, metavar="DIR", help="another repository than this harness's own")
     sub.add_argument("--build", metavar="COMMAND", help="shell command run once in every commit's worktree")
     sub.add_argument("--confidence", type=float, default=0.99, metavar="P", help="of a timed search's answer (0.99)")
-    sub.add_argument("--budget", type=int, metavar="N", help="most measurements (exact: none; timed: 300 paired runs)")
+    sub.add_argument(
+        "--budget", type=integer(0), metavar="N", help="most measurements (exact: none; timed: 300 paired runs)"
+    )
     again = sub.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with the log of an earlier search (the default)")
     again.add_argument("--restart", action="store_true", help="measure everything again, and write over the log")
-    sub.add_argument("--log", type=Path, metavar="PATH", help="the log (a file in the repository's git directory)")
+    sub.add_argument(
+        "--log", type=writable_file, metavar="PATH", help="the log (a file in the repository's git directory)"
+    )
 
 
 def bisect(args: argparse.Namespace) -> int:
@@ -102,8 +107,8 @@ def _validate(args: argparse.Namespace) -> None:
         raise UserError(f"--budget {args.budget}: 2 or more, both ends are measured")
     if args.budget is not None and args.metric in TIMED and args.budget < LEAST_BUDGET:
         raise UserError(f"--budget {args.budget}: {LEAST_BUDGET} or more with --metric {args.metric}")
-    if not re.fullmatch(r"sm_\d{2,}a?|gfx[0-9a-f]+", args.target):
-        raise UserError(f"--target {args.target}: such as {', '.join(TARGETS)}")
+    if not re.fullmatch(r"sm_[0-9]{2,3}a?|gfx[0-9a-f]{3,8}", args.target):
+        raise UserError(f"--target {bare(args.target)}: such as {', '.join(TARGETS)}")
     if args.device not in devices.present() and args.device != "xpu":
         raise UserError(f"--device {args.device}: {devices.why_absent(args.device)}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import device as devices
-from harness.base.arguments import positionals_after_options
+from harness.base.arguments import LONGEST, number, positionals_after_options, writable_file
 from harness.base.errors import UserError
 from harness.base.processes import ROOT
 from harness.commands import parse_case
@@ -60,14 +60,20 @@ def register(add: Callable[..., Any]) -> None:
         help=f"only this (repeatable): {', '.join(METRICS)} (all counted ones but the compiled, and device_us)",
     )  # fmt: skip
     sub.add_argument(
-        "--budget", type=float, default=BUDGET, metavar="SECONDS",
+        "--budget", type=number(0, LONGEST), default=BUDGET, metavar="SECONDS",
         help=f"no further samples after this time, except those of the first look ({BUDGET:g})",
     )  # fmt: skip
     sub.add_argument(
-        "--threshold", type=float, default=THRESHOLD, metavar="PERCENT", help=f"changes that count ({THRESHOLD:g})"
+        "--threshold",
+        type=number(0, 1000, above=True),
+        default=THRESHOLD,
+        metavar="PERCENT",
+        help=f"changes that count ({THRESHOLD:g})",
     )
-    sub.add_argument("--markdown", type=Path, metavar="PATH", help="append the table there, for a job's summary")
-    sub.add_argument("--json", type=Path, metavar="PATH", help="write everything there")
+    sub.add_argument(
+        "--markdown", type=writable_file, metavar="PATH", help="append the table there, for a job's summary"
+    )
+    sub.add_argument("--json", type=writable_file, metavar="PATH", help="write everything there")
     sub.add_argument("--build", metavar="CMD", help="a shell command, run once in each version's directory")
     positionals_after_options(sub, "descriptor")
 
@@ -76,9 +82,6 @@ def command(args: argparse.Namespace) -> int:
     """Compare two versions, and return the exit code (EPILOG)."""
     if args.device != "xpu" and args.device not in devices.present():
         raise UserError(f"--device {args.device}: {devices.why_absent(args.device)}")
-    if args.budget < 0 or args.threshold <= 0:
-        name, value = ("budget", args.budget) if args.budget < 0 else ("threshold", args.threshold)
-        raise UserError(f"--{name} {value:g}: must be {'0 or more' if name == 'budget' else 'above 0'}")
     wanted = requests(args)
     begun, started = time.time(), time.monotonic()
     with ended_by_sigterm(), Checkouts(args.repo or ROOT, args.build) as checkouts:

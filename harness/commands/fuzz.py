@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from harness.base.arguments import seconds
+from harness.base.arguments import MOST_SEED, integer, positive_seconds, seconds
 from harness.base.errors import UserError
 from harness.device import DEVICES, ready
 
@@ -21,13 +21,20 @@ def register(add: Callable[..., Any]) -> None:
     sub = add(fuzz, "fuzz", "Random problems, at the edges of tiles and formats; a failure is shrunk.")
     sub.add_argument("--backend", metavar="SPEC", required=True, help="a backend's name, or package.module:object")
     sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu)")
-    sub.add_argument("--seconds", type=float, default=60, metavar="N", help="how long (60); shrinking is not included")
-    sub.add_argument("--examples", type=int, metavar="N", help="at most so many problems")
     sub.add_argument(
-        "--bytes", metavar="SIZE", help=f"most bytes of a problem's weights and batch ({ON_GPU}; on the cpu {ON_CPU})"
+        "--seconds", type=positive_seconds, default=60, metavar="N", help="how long (60); shrinking is not included"
+    )
+    sub.add_argument("--examples", type=integer(1), metavar="N", help="at most so many problems")
+    sub.add_argument(
+        "--bytes",
+        type=_bytes,
+        metavar="SIZE",
+        help=f"most bytes of a problem's weights and batch ({ON_GPU}; on the cpu {ON_CPU})",
     )
     sub.add_argument("--case-timeout", type=seconds, default=120, metavar="SECONDS", help="of the backend (120)")
-    sub.add_argument("--seed", type=int, metavar="N", help="the same problems again (random, and printed)")
+    sub.add_argument(
+        "--seed", type=integer(0, MOST_SEED), metavar="N", help="the same problems again (random, and printed)"
+    )
     sub.add_argument("--sequences", action="store_true", help="small problems, each with sequences of calls")
 
 
@@ -36,13 +43,6 @@ def fuzz(args: argparse.Namespace) -> int:
     from harness import backend as backends
     from harness.base.minimal import missing
 
-    most = _bytes(args.bytes) if args.bytes else None
-    for name in ("seconds", "examples"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} {value:g}: more than 0")
-    if args.seed is not None and args.seed < 0:
-        raise UserError(f"--seed {args.seed}: 0 or more")
     if reason := missing():
         raise UserError(f"fuzz: {reason}")
     device = ready(args.device)
@@ -54,7 +54,7 @@ def fuzz(args: argparse.Namespace) -> int:
     from harness.run.fuzz import fuzz as search
     from harness.run.isolated import IsolatedRunner, RunnerError
 
-    most = most or _bytes(ON_CPU if device.on_cpu else ON_GPU)
+    most = args.bytes or _bytes(ON_CPU if device.on_cpu else ON_GPU)
     seed = args.seed if args.seed is not None else secrets.randbelow(2**32)
     again = f"python3 -m harness fuzz --backend {args.backend} --device {device.name} --seed {seed} --bytes {most}"
     again += " --sequences" if args.sequences else ""
@@ -81,10 +81,11 @@ def fuzz(args: argparse.Namespace) -> int:
 
 
 def _bytes(text: str) -> int:
-    number, unit = (text[:-1], SIZES[text[-1].upper()]) if text[-1].upper() in SIZES else (text, 1)
-    if not number.isdecimal() or int(number) == 0:
-        raise UserError(f"--bytes {text}: a number of bytes, or of {', '.join(SIZES)} as in 256M")
-    return int(number) * unit
+    unit = SIZES.get(text[-1:].upper())
+    try:
+        return integer(1)(text[:-1] if unit else text) * (unit or 1)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or of {', '.join(SIZES)} as in 256M") from error
 
 
 def _progress(result: Any, case: Any) -> None:

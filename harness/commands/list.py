@@ -9,7 +9,8 @@ from typing import Any
 
 from harness import backend as backends
 from harness import device as devices
-from harness.base.errors import UserError
+from harness.base.errors import UserError, bare
+from harness.base.suggest import did_you_mean
 from harness.base.table import aligned
 from harness.base.text import cut
 from harness.device import DEVICES, Device, ready
@@ -38,7 +39,8 @@ def show(args: argparse.Namespace) -> int:
     backend = backends.load(args.backend) if args.backend else None
     modules = {module.FAMILY: module for module in families.families()}
     if args.family and args.family not in modules:
-        raise UserError(f"--family {args.family}: one of {', '.join(sorted(modules))}")
+        words = did_you_mean(args.family, modules)
+        raise UserError(f"--family {bare(args.family)}: no such family{words}; one of {', '.join(sorted(modules))}")
     lines, total = [], 0
     for family, module in sorted(modules.items()):
         if args.family not in (None, family):

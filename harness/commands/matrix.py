@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import device as devices
-from harness.base.arguments import positionals_after_options
+from harness.base.arguments import positionals_after_options, writable_file
 from harness.base.errors import UserError
 from harness.base.processes import ROOT, environment, exit_code
 from harness.base.table import aligned
@@ -30,7 +30,9 @@ def register(add: Callable[..., Any]) -> None:
     sub = add(command, "matrix", "The rows of the CI matrix; or one of them, run here exactly as CI does.")
     matrix.add_arguments(sub)
     sub.add_argument("--shard", default="", metavar="I/N", help="the I-th of N parts (all that a row has, in one)")
-    sub.add_argument("--results", type=Path, metavar="PATH", help="the results file (in results/, named after the row)")
+    sub.add_argument(
+        "--results", type=writable_file, metavar="PATH", help="the results file (in results/, named after the row)"
+    )
     sub.add_argument("--compare", nargs=2, metavar=("BASE", "HEAD"), help="the row's `moe-harness compare` instead")
     sub.add_argument("--durations", nargs="+", metavar="RESULTS", help="print a durations file made of these results")
     sub.add_argument("pytest", nargs="*", metavar="-- PYTEST OPTION", help="passed on to pytest")

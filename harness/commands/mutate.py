@@ -14,7 +14,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from harness.base.errors import UserError
+from harness.base.arguments import MOST_JOBS, integer, number, positive_seconds, writable_file
+from harness.base.errors import UserError, bare
+from harness.base.suggest import did_you_mean
 from harness.device import DEVICES
 
 FLOOR = 0.98  #: of the bugs must be noticed
@@ -29,9 +31,11 @@ def register(add: Callable[..., Any]) -> None:
     sub = add(mutate, "mutate", "Known bugs put back into the kernels: how many does the suite notice?")
     sub.add_argument("entry", nargs="*", help="only these: names, classes, or patterns such as 'router-*' (all)")
     sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu)")
-    sub.add_argument("--jobs", type=int, metavar="N", help="mutants at a time (all cores; on a GPU at most 12)")
     sub.add_argument(
-        "--results", type=Path, metavar="PATH",
+        "--jobs", type=integer(1, MOST_JOBS), metavar="N", help="mutants at a time (all cores; on a GPU at most 12)"
+    )
+    sub.add_argument(
+        "--results", type=writable_file, metavar="PATH",
         help="store outcomes here, and skip those that it holds (results/DATE-mutate-DEVICE.jsonl; with ENTRY: none)",
     )  # fmt: skip
     sub.add_argument("--part", action="store_true", help=f"one in {ONE_IN}, of every class: what CI runs")
@@ -41,14 +45,18 @@ def register(add: Callable[..., Any]) -> None:
         metavar="RULE",
         help="judge the same calls by a rule of another test suite too, or by all rules (all)",
     )
-    sub.add_argument("--markdown", type=Path, metavar="PATH", help="write the table of --against, for a README")
-    sub.add_argument("--floor", type=float, default=FLOOR, metavar="SHARE", help=f"least share of kills ({FLOOR})")
     sub.add_argument(
-        "--control-runs", type=int, metavar="N",
+        "--markdown", type=writable_file, metavar="PATH", help="write the table of --against, for a README"
+    )
+    sub.add_argument(
+        "--floor", type=number(0, 1), default=FLOOR, metavar="SHARE", help=f"least share of kills ({FLOOR})"
+    )
+    sub.add_argument(
+        "--control-runs", type=integer(1), metavar="N",
         help=f"cases of all correct variants together ({CONTROL_RUNS}; --part {CONTROL_RUNS_OF_PART})",
     )  # fmt: skip
-    sub.add_argument("--limit", type=float, metavar="SECONDS", help="for a bug (120; on a GPU 300)")
-    sub.add_argument("--case-limit", type=float, metavar="SECONDS", help="for a case (60; on a GPU 300)")
+    sub.add_argument("--limit", type=positive_seconds, metavar="SECONDS", help="for a bug (120; on a GPU 300)")
+    sub.add_argument("--case-limit", type=positive_seconds, metavar="SECONDS", help="for a case (60; on a GPU 300)")
 
 
 def mutate(args: argparse.Namespace) -> int:
@@ -58,8 +66,6 @@ def mutate(args: argparse.Namespace) -> int:
     from harness.mutate.progress import Progress
 
     rules = _rules(args)
-    if not 0 <= args.floor <= 1:
-        raise UserError(f"--floor {args.floor:g}: a share, from 0 to 1")
     known = bugs.read()
     chosen = _select(schedule.sample(known, ONE_IN) if args.part else known, args.entry)
     device, reason = runner.find_device(args.device)
@@ -70,7 +76,7 @@ def mutate(args: argparse.Namespace) -> int:
     if not chosen:
         raise UserError(f"--device {device.name}: can show none of {', '.join(elsewhere)}")
     process.preload(device)
-    jobs = _positive("--jobs", args.jobs, _jobs(device))
+    jobs = args.jobs or _jobs(device)
     tasks = _tasks(args, chosen, device, rules, jobs)
     path = args.results or (None if args.entry else _default_path(device))
     file = OutcomesFile(path, str(device))
@@ -162,7 +168,8 @@ def _rules(args: argparse.Namespace) -> tuple[str, ...]:
     if args.against in (None, "all"):
         return tuple(RULES) if args.against else ()
     if args.against not in RULES:
-        raise UserError(f"--against {args.against}: one of {', '.join(RULES)}, or all")
+        words = did_you_mean(args.against, RULES)
+        raise UserError(f"--against {bare(args.against)}: no such rule{words}; one of {', '.join(RULES)}, or all")
     return (args.against,)
 
 
@@ -174,7 +181,8 @@ def _select(known: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
         matching = {name: bug for name, bug in known.items() if fnmatch(name, word) or fnmatch(bug.kind, word)}
         if not matching:
             kinds = sorted({bug.kind for bug in known.values()})
-            raise UserError(f"{word}: no entry of that name or pattern; classes: {', '.join(kinds)}")
+            words = did_you_mean(word, [*known, *kinds])
+            raise UserError(f"{bare(word)}: no entry of that name or pattern{words}; classes: {', '.join(kinds)}")
         selected |= matching
     return selected if words else dict(known)
 
@@ -190,17 +198,11 @@ def _tasks(args: argparse.Namespace, chosen: dict[str, Any], device: Any, rules:
         memory=MEMORY // (jobs + 1),
     )  # fmt: skip
     controls = sum(bug.control for bug in chosen.values())
-    control_runs = _positive("--control-runs", args.control_runs, CONTROL_RUNS_OF_PART if args.part else CONTROL_RUNS)
+    control_runs = args.control_runs or (CONTROL_RUNS_OF_PART if args.part else CONTROL_RUNS)
     each = math.ceil(control_runs / controls) if controls else 0
     # Controls take longest: they come first, or the last of them would run alone.
     ordered = sorted(chosen.values(), key=lambda bug: not bug.control)
     return [runner.make_task(bug, device, settings, each) for bug in ordered]
-
-
-def _positive(option: str, value: int | None, default: int) -> int:
-    if value is not None and value < 1:
-        raise UserError(f"{option} {value}: 1 or more")
-    return value or default
 
 
 def _jobs(device: Any) -> int:

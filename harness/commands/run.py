@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import backend as backends
 from harness import device as devices
-from harness.base.arguments import seconds
+from harness.base.arguments import integer, seconds
 from harness.base.errors import UserError
 from harness.base.table import labelled
 from harness.base.text import inert, number, share, shortened
@@ -30,17 +30,19 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument("descriptor", help="such as t16-h256-i128-e8-k2-bf16-exact")
     sub.add_argument("--backend", metavar="SPEC", required=True, help="a backend's name, or package.module:object")
     sub.add_argument("--device", choices=DEVICES, default="cpu", help="where (cpu)")
-    sub.add_argument("--seeds", type=int, default=1, metavar="N", help="N seeds, from the descriptor's own on (1)")
+    sub.add_argument(
+        "--seeds", type=integer(1, 10**6), default=1, metavar="N", help="N seeds, from the descriptor's own on (1)"
+    )
     sub.add_argument("--json", action="store_true", help="one JSON record a verdict, and nothing else")
-    sub.add_argument("--case-timeout", type=seconds, default=LIMIT, metavar="SECONDS", help=f"of the backend ({LIMIT:g})")
+    sub.add_argument(
+        "--case-timeout", type=seconds, default=LIMIT, metavar="SECONDS", help=f"of the backend ({LIMIT:g})"
+    )
     sub.add_argument("--in-process", action="store_true", help="in this process, for a debugger")
 
 
 def run(args: argparse.Namespace) -> int:
     """0 if every verdict is green, otherwise 1; UserError if the arguments cannot be used, or the device is lost."""
     case = parse_case(args.descriptor)
-    if args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: 1 or more")
     device = ready(args.device)
     backend = backends.load(args.backend)
     if device.emulated and not backend.xpu_contract:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import device as devices
+from harness.base.arguments import MOST_JOBS, integer
 from harness.base.errors import UserError
 from harness.base.processes import ROOT, environment, exit_code, pytest_words, workers
 from harness.device import DEVICES
@@ -26,7 +27,9 @@ def register(add: Callable[..., Any]) -> None:
     sub = add(verify, "verify", "The whole suite on every device of this machine, one process for each.")
     sub.add_argument("--device", action="append", choices=DEVICES, help="only this device (repeatable)")
     sub.add_argument("--backend", action="append", default=[], metavar="SPEC", help="only this backend (repeatable)")
-    sub.add_argument("--jobs", type=int, metavar="N", help="pytest-xdist workers (all cores; on a GPU at most 4)")
+    sub.add_argument(
+        "--jobs", type=integer(1, MOST_JOBS), metavar="N", help="pytest-xdist workers (all cores; on a GPU at most 4)"
+    )
     sub.add_argument("pytest", nargs="*", metavar="-- PYTEST OPTION", help="passed on to pytest")
 
     sub = add(floor, "floor", "A floor file from a results file: 90 %% of the verdicts that the last run executed.")

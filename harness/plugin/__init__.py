@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from harness import device as devices
-from harness.base.arguments import seconds
+from harness.base.arguments import integer, seconds, writable_file
 from harness.base.errors import UserError
 from harness.base.text import shortened
 from harness.device import DEVICES
@@ -30,7 +30,7 @@ from harness.plugin.selection import select_devices
 from harness.plugin.shard import Splitter
 from harness.plugin.verdicts import check_item
 from harness.problem import families
-from harness.problem.case import FILLS, DescriptorError
+from harness.problem.case import FILLS, MOST_SEED, DescriptorError
 from harness.results import known_failures
 from harness.results.verdict import OUTPUT
 
@@ -44,17 +44,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--device", action="append", default=[], choices=DEVICES, help="run on this device (repeatable; also: -m cuda)")
     add("--backend", action="append", default=[], metavar="SPEC", help="a backend's name, or package.module:object")
     add("--fill", action="append", default=[], choices=FILLS, help="only cases with this fill (repeatable)")
-    add("--seed", type=int, metavar="N", help="replaces the seed of every case")
+    add("--seed", type=integer(0, MOST_SEED), metavar="N", help="replaces the seed of every case")
     add("--require-device", action="append", default=[], choices=DEVICES, help="an error if this device is not here")
-    add("--results", type=Path, metavar="PATH", help="append one JSON line for every verdict to this file")
+    add("--results", type=writable_file, metavar="PATH", help="append one JSON line for every verdict to this file")
     add("--floor", type=Path, metavar="PATH", help="fail if fewer cases ran than this file demands (cases/floor.toml)")
     add("--ledger", type=Path, default=known_failures.LEDGER, metavar="PATH", help="known failures (cases/ledger.toml)")
     add("--shard", metavar="I/N", help="only the I-th of N parts of the items, of about the same duration")
     add("--durations-from", type=Path, metavar="PATH", help="with --shard: past durations, or a results file")
     add("--continue", dest="continue_run", type=Path, metavar="RESULTS", help="go on with the last run of this file")
-    add(
-        "--case-timeout", type=seconds, default=300, metavar="SECONDS", help="time limit of a case (300; 0: none)"
-    )
+    add("--case-timeout", type=seconds, default=300, metavar="SECONDS", help="time limit of a case (300; 0: none)")
     add("--in-process", action="store_true", help="run cases in pytest's process: no case survives a crash of another")
     add("--outputs", type=Path, metavar="DIR", help="keep the whole of what failing cases print, a file each")
 
