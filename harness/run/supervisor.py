@@ -8,6 +8,7 @@ milliseconds; a GPU's driver does not survive a fork, so there it is spawned.
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -64,6 +65,8 @@ class Supervisor:
         """The worker; a new one, which is not waited for, if there is none."""
         if self._worker is None:
             self._previous = None
+            if self._forks:
+                _import_all()
             self._worker = WorkerProcess(self._start, self._loaded, self._forks)
         return self._worker
 
@@ -126,3 +129,9 @@ class Supervisor:
         reason = f"{first.reason}; alone in a new process the case is {again.status}. An earlier case of the process "
         reason += f"may be at fault: the last was {previous.case} on {previous.name}"
         return replace(first, reason=reason, report=f"{reason}\n{first.details}"), True
+
+
+def _import_all() -> None:
+    """Import what every case needs, once here and not in each forked worker: seconds, which would count as a case's."""
+    importlib.import_module("harness.run.case")
+    importlib.import_module("torch._dynamo")  # torch does so at the first call that is traced

@@ -8,7 +8,9 @@ import sys
 from collections import Counter
 
 import pytest
+import torch._dynamo  # noqa: F401  pytester forgets what a run imports, and torch._dynamo cannot be imported twice
 
+import harness.run.case  # noqa: F401
 from harness import backend, device
 from harness.base.processes import ROOT
 from harness.device import Device
@@ -43,6 +45,7 @@ def run(case, backend, device, family="", spec=""):
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch):
+    monkeypatch.setattr("harness.run.case.run_case", run)  # of the worker, which is a copy of this process
     monkeypatch.setattr("harness.plugin.verdicts.run_case", run)
 """
 
@@ -82,8 +85,12 @@ def run_process(pytester, *arguments):
     return pytester.runpytest_subprocess("--device=cpu", "--backend=mine:Mine", *arguments)
 
 
-def records(path):
+def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def records(path):
+    return [line for line in lines(path) if line["kind"] == "verdict"]
 
 
 # -- devices ----------------------------------------------------------------------------------------------------------
@@ -285,50 +292,24 @@ def test_the_floor_fails_a_run_that_executed_less(suite):
 
 
 # -- devices that are lost, processes that die ------------------------------------------------------------------------
-def test_a_lost_device_ends_the_run(suite):
-    tests = suite(1, 5, 4)
-    result = run(tests, "--results=r.jsonl")
-    assert result.ret == 1
-    result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["*Exit: cuda does not answer any more: illegal memory access. No result*-n 1*"])
-    result.stdout.fnmatch_lines(["Executed 2 verdicts in * s: 1 passed, 1 crashed."])
-    assert [r["status"] for r in records(tests.path / "r.jsonl")] == ["passed", "crashed"]
+COSTLY = (*(row(t, f"-exact-s{s}") for s in (0, 1) for t in (1, 2, 3)), 4, 5, 6, 7)
+COUNTS = {"passed": 2, "failed": 2, "unsupported": 2, "mistrusted": 1, "crashed": 2, "hung": 1}
 
 
-def test_a_device_found_lost_after_a_failure(suite, monkeypatch):
-    def synchronize(self):
-        raise device.DeviceLost("gone")
-
-    monkeypatch.setattr(Device, "synchronize", synchronize)
-    result = run(suite(2, 1))
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*Exit: gone. No result after t2-*"])
-
-
-def test_a_case_that_hangs_is_recorded_before_the_process_ends(suite):
-    tests = suite(1, 7, 4)
-    result = run_process(tests, "--results=r.jsonl", "--case-timeout=3")
-    assert result.ret == 1
-    text = result.stderr.str() + result.stdout.str()
-    assert "time.sleep(60)" not in text and "in run" in text  # the stacks of all threads
-    assert f"hung: no answer in 3 s (--case-timeout)\npython3 -m harness run {row(7)}" in text
-    assert [r["status"] for r in records(tests.path / "r.jsonl")] == ["passed", "hung"]
-
-
-@pytest.mark.parametrize("dist", ["load", "worksteal"])
-def test_workers_that_die_are_replaced_and_counted(suite, monkeypatch, dist):
-    pytest.importorskip("xdist")
-    tests = suite(*(row(t, f"-exact-s{s}") for s in (0, 1) for t in (1, 2, 3)), 4, 5, 6, 7)
-    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")  # with whatever other plugins are here
-    result = run_process(tests, "-n", "2", f"--dist={dist}", "--results=r.jsonl", "--case-timeout=4")
+@pytest.mark.parametrize("options", [(), ("-n", "2"), ("-n", "2", "--dist=worksteal")], ids=" ".join)
+def test_a_case_that_ends_or_blocks_its_process_costs_itself(suite, monkeypatch, options):
+    tests = suite(*COSTLY)
+    if options:
+        pytest.importorskip("xdist")
+        monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")  # with whatever other plugins are here
+    result = run_process(tests, *options, "--results=r.jsonl", "--case-timeout=4")
     assert result.ret == 1
     found = records(tests.path / "r.jsonl")
-    counts = Counter(r["status"] for r in found)
-    assert counts == {"passed": 2, "failed": 2, "unsupported": 2, "mistrusted": 1, "crashed": 2, "hung": 1}
+    assert Counter(r["status"] for r in found) == COUNTS
     reasons = {r["case"]: r["reason"] for r in found if r["status"] in ("crashed", "hung")}
-    assert reasons[row(5)] == "cuda does not answer any more: illegal memory access"
-    assert reasons[row(6)].startswith("the process died: worker 'gw")
-    assert reasons[row(7)] == "no answer in 4 s (--case-timeout)"
+    assert reasons[row(5)] == "device lost: cuda does not answer any more: illegal memory access"
+    assert reasons[row(6)] == "the process ended with exit code 3"
+    assert reasons[row(7)] == "no answer in 4 s"
     result.stdout.fnmatch_lines(
         [
             "mine@cpu   2/5/1/2 3.25",
@@ -336,6 +317,78 @@ def test_workers_that_die_are_replaced_and_counted(suite, monkeypatch, dist):
             "Not run: 2 unsupported (2 quant).",
         ]
     )
+
+
+def test_a_run_has_a_beginning_a_plan_and_an_end(suite):
+    tests = suite(1, 2, 3)
+    run(tests, "--results=r.jsonl", "-m", "exact")
+    begin, plan, *_, end = lines(tests.path / "r.jsonl")
+    assert (begin["kind"], plan["kind"], end["kind"]) == ("begin", "plan", "end")
+    assert begin["options"]["markexpr"] == "exact" and begin["versions"]["pytest"] == pytest.__version__
+    assert plan["total"] == 3 and plan["counts"] == {"mine@cpu": {"tiny": 3}}
+    assert plan["items"] == {"test_tiny.py::test_tiny": [f"{row(t)}:mine:cpu" for t in (1, 2, 3)]}
+    assert (end["exit"], end["planned"], end["verdicts"]) == (1, 3, 3)
+    assert end["counts"] == {"passed": 1, "failed": 1, "unsupported": 1}
+
+
+def test_a_case_without_a_verdict_makes_the_run_red(suite):
+    tests = suite(1, 4)
+    skips = "def pytest_runtest_setup(item):\n    if 't1-' in item.name:\n        pytest.skip('not today')\n"
+    tests.makeconftest(CONFTEST + skips)
+    result = run(tests, "--results=r.jsonl")
+    assert result.ret == 1
+    missing = f"  test_tiny.py::test_tiny[[]{row(1)}:mine:cpu]"
+    result.stdout.fnmatch_lines(["1 case of the plan without a verdict:", missing])
+    assert lines(tests.path / "r.jsonl")[-1]["exit"] == 1
+
+
+def test_a_run_that_was_stopped_is_continued(suite):
+    tests = suite(1, 2, 4, 8)
+    assert run(tests, "--results=r.jsonl", "-x").ret == 1
+    assert [r["status"] for r in records(tests.path / "r.jsonl")] == ["passed", "failed"]
+    result = run(tests, "--continue=r.jsonl")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        ["*2 deselected*", "Executed 4 verdicts in *: 1 passed, 1 failed, 1 crashed, 1 mistrusted."]
+    )
+    assert [r["status"] for r in records(tests.path / "r.jsonl")] == ["passed", "failed", "mistrusted", "crashed"]
+    assert len({line["run"] for line in lines(tests.path / "r.jsonl")}) == 1
+    again = run(tests, "--continue=r.jsonl")
+    assert again.ret == 1 and "Executed 4 verdicts" in again.stdout.str()
+    result = run(tests, "--continue=r.jsonl", "--seed=3")
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(["ERROR: --continue r.jsonl: its run has options *"])
+
+
+@pytest.mark.parametrize("options", [("--in-process",), ("-s",), ("-p", "no:moe-harness-isolation")], ids=" ".join)
+def test_in_one_process_a_lost_device_ends_the_run(suite, options):
+    tests = suite(1, 5, 4)
+    result = run(tests, "--results=r.jsonl", *options)
+    assert result.ret == 1
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*Exit: cuda does not answer any more: illegal memory access. No result*"])
+    result.stdout.fnmatch_lines(["Executed 2 verdicts in * s: 1 passed, 1 crashed."])
+    assert [r["status"] for r in records(tests.path / "r.jsonl")] == ["passed", "crashed"]
+
+
+def test_in_one_process_a_device_is_found_lost_after_a_failure(suite, monkeypatch):
+    def synchronize(self):
+        raise device.DeviceLost("gone")
+
+    monkeypatch.setattr(Device, "synchronize", synchronize)
+    result = run(suite(2, 1), "--in-process")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*Exit: gone. No result after t2-*"])
+
+
+def test_in_one_process_a_case_that_hangs_is_recorded_before_the_process_ends(suite):
+    tests = suite(1, 7, 4)
+    result = run_process(tests, "--results=r.jsonl", "--case-timeout=3", "--in-process")
+    assert result.ret == 1
+    text = result.stderr.str() + result.stdout.str()
+    assert "time.sleep(60)" not in text and "in run" in text  # the stacks of all threads
+    assert f"hung: no answer in 3 s (--case-timeout)\npython3 -m harness run {row(7)}" in text
+    assert [r["status"] for r in records(tests.path / "r.jsonl")] == ["passed", "hung"]
 
 
 def test_a_kernel_in_somebody_elses_directory(pytester, monkeypatch):
