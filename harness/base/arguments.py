@@ -43,9 +43,8 @@ def number(least: float, most: float, above: bool = False) -> Callable[[str], fl
             value = float("nan")
         if least <= value <= most and not (above and value == least):
             return value
-        raise ArgumentTypeError(
-            f"{bare(text)}: must be a number {'above' if above else 'from'} {least:.9g} to {most:.9g}"
-        )
+        between = f"above {least:.9g}, at most" if above else f"from {least:.9g} to"
+        raise ArgumentTypeError(f"{bare(text)}: must be a number {between} {most:.9g}")
 
     return parse
 

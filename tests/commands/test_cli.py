@@ -142,8 +142,8 @@ def test_run_emulates_an_absent_xpu_and_says_so(made_up, capsys):
     [
         (["run", "t4-h64-q", "--backend", "triton"], "'t4-h64-q': no field is written 'q'; tokens look like: "),
         (["run", CASE, "--backend", "nobody"], "--backend nobody: no such backend; known: triton, "),
-        (["run", CASE, "--backend", "triton", "--seeds", "0"], "--seeds 0: 1 or more"),
-        (["list", "--family", "none"], "--family none: one of "),
+        (["run", CASE, "--backend", "triton", "--seeds", "0"], "argument --seeds: 0: must be an integer from 1 to "),
+        (["list", "--family", "none"], "--family none: no such family; one of "),
         (["floor", "none.jsonl"], "none.jsonl: No such file or directory"),
         pytest.param(
             ["run", CASE, "--backend", "triton", "--device", "cuda"], "--device cuda: no CUDA device: ",

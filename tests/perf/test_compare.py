@@ -215,8 +215,8 @@ def run(capsys, *arguments):
         (("nix", "HEAD"), "nix: no commit, tag or branch of "),
         (("HEAD", "HEAD", "t4-nix"), "those in use: python3 -m harness list --why"),
         (("HEAD", "HEAD", "--repo", "."), "--repo without --backend: name yours"),
-        (("HEAD", "HEAD", "--threshold", "0"), "--threshold 0: must be above 0"),
-        (("HEAD", "HEAD", "--budget", "-1"), "--budget -1: must be 0 or more"),
+        (("HEAD", "HEAD", "--threshold", "0"), "argument --threshold: 0: must be a number above 0, at most 1000"),
+        (("HEAD", "HEAD", "--budget", "-1"), "argument --budget: -1: must be a number from 0 to "),
         (("HEAD", "HEAD", "--repo", "nix", "--backend", "a:b"), "--repo nix: no such directory"),
     ],
 )

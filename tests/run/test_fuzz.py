@@ -114,11 +114,20 @@ def test_every_field_of_the_grammar_is_drawn_within_the_budget():
         (["--backend", "nobody"], "--backend nobody: no such backend; known: "),
         (
             ["--backend", "tests.support.fuzzed:Right", "--bytes", "12Q"],
-            "--bytes 12Q: a number of bytes, or of K, M, G",
+            "argument --bytes: 12Q: must be an integer from 1 to 1000000000, or of K, M, G",
         ),
-        (["--backend", "tests.support.fuzzed:Right", "--seconds", "0"], "--seconds 0: more than 0"),
-        (["--backend", "tests.support.fuzzed:Right", "--examples", "-1"], "--examples -1: more than 0"),
-        (["--backend", "tests.support.fuzzed:Right", "--seed", "-1"], "--seed -1: 0 or more"),
+        (
+            ["--backend", "tests.support.fuzzed:Right", "--seconds", "0"],
+            "argument --seconds: 0: must be a number above 0, at most ",
+        ),
+        (
+            ["--backend", "tests.support.fuzzed:Right", "--examples", "-1"],
+            "argument --examples: -1: must be an integer from 1 to ",
+        ),
+        (
+            ["--backend", "tests.support.fuzzed:Right", "--seed", "-1"],
+            "argument --seed: -1: must be an integer from 0 to ",
+        ),
         (
             ["--backend", "tests.support.fuzzed:Gibberish"],
             "--backend tests.support.fuzzed:Gibberish: harness.backend.BackendError: ",

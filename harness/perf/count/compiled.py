@@ -61,9 +61,9 @@ def compile_launches(
 
 def gpu(target: str) -> tuple[str, int | str, int]:
     """(Triton's backend, architecture, threads in a warp) of a target such as "sm_90" or "gfx942"; else ValueError."""
-    if match := re.fullmatch(r"sm_(\d+)a?", target):
+    if match := re.fullmatch(r"sm_([0-9]{2,3})a?", target):
         return "cuda", int(match[1]), 32
-    if re.fullmatch(r"gfx[0-9a-f]+", target):
+    if re.fullmatch(r"gfx[0-9a-f]{3,8}", target):
         return "hip", target, 64 if target.startswith("gfx9") else 32
     raise ValueError(f"target {target!r}; valid: sm_<number> or gfx<number>")
 
