@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 
 from harness import device as devices
 from harness.base.errors import UserError
+from harness.base.interrupts import Interrupts
+from harness.base.raised import describe_error, describe_value, type_name
+from harness.base.suggest import did_you_mean
 from harness.base.trial import how_it_ends
-from harness.device import Device
+from harness.device import Device, DeviceLost
 from harness.problem.case import Problem
-from harness.protocol import FOLLOWS, PROMISES, UNSUPPORTED, Backend, protocol_table, rules
+from harness.protocol import FOLLOWS, PROMISES, UNSUPPORTED, AnswerRule, Backend, protocol_table, rules
 
 __all__ = [
     "BUILTIN", "ENTRY_POINTS", "FOLLOWS", "PROMISES", "UNSUPPORTED", "Backend", "BackendError", "Layer", "Unsupported",
@@ -55,6 +59,7 @@ BUILTIN = {
     "sglang-xpu": "kernels.upstream.sglang_xpu:SglangXpu",
 }
 ENTRY_POINTS = "moe_harness.backends"
+_MISSING = object()
 
 
 class BackendError(UserError):
@@ -96,18 +101,85 @@ def as_backend(candidate: Any, source: str = "") -> Backend:
     protocol."""
     if isinstance(candidate, Backend):
         return candidate
-    source = source or f"backend {type(candidate).__name__}"
+    source = source or f"backend {type_name(candidate)}"
     values: dict[str, Any] = {}
+    with _foreign(f"{source}: reading its attributes"):
+        for name, rule in rules():
+            value = getattr(candidate, name, None)
+            if value is None and rule.required:
+                raise BackendError(f"{source}: {_lacks(candidate, name)} ({rule.valid}); see docs/your-kernel.md")
+            if value is None:
+                continue
+            if not rule.accepts(value):
+                hint = _misspelt_word(value, rule.words)
+                raise BackendError(f"{source}: {name}={describe_value(value)}; valid: {rule.valid}{hint}")
+            values[name] = frozenset(value) if rule.is_set else value
+        if hint := _misspelt_attribute(candidate, set(values)):
+            raise BackendError(f"{source}: {hint}")
     for name, rule in rules():
-        value = getattr(candidate, name, None)
-        if value is None and rule.required:
-            raise BackendError(f"{source}: it has no attribute {name!r} ({rule.valid}); see docs/your-kernel.md")
-        if value is None:
-            continue
-        if not rule.accepts(value):
-            raise BackendError(f"{source}: {name}={value!r}; valid: {rule.valid}")
-        values[name] = frozenset(value) if rule.is_set else value
+        if rule.answer and name in values:
+            values[name] = _checked(f"{values['name']}.{name}()", values[name], rule.answer)
     return Backend(candidate, **values)
+
+
+def _lacks(candidate: Any, name: str) -> str:
+    missing = inspect.getattr_static(candidate, name, _MISSING) is _MISSING
+    close = did_you_mean(name, (other for other in dir(candidate) if other[:1] != "_"), cutoff=0.8) if missing else ""
+    return f"it has no attribute {name!r}{close}" if missing else f"{name}=None"
+
+
+def _misspelt_word(value: Any, words: Iterable[str]) -> str:
+    """A suggestion for the first wrong word of a set, or ""."""
+    given = value if isinstance(value, Collection) and not isinstance(value, str) else [value]
+    wrong = (word for word in given if isinstance(word, str) and word not in words)
+    return next((hint for word in wrong if (hint := did_you_mean(word, words))), "")
+
+
+def _misspelt_attribute(candidate: Any, present: set[str]) -> str:
+    """A line about the first attribute that is nearly one which the candidate lacks, and of its kind; or ""."""
+    for word in dir(candidate):
+        if word.startswith("_") or word in present:
+            continue
+        value = inspect.getattr_static(candidate, word)  # runs no property
+        close = [n for n, r in rules() if n not in present and r.resembles(value) and not hasattr(type(candidate), n)]
+        if hint := did_you_mean(word, close, cutoff=0.86):
+            return f"it has an attribute {word!r}, which is not of the protocol{hint} (own helpers begin with _)"
+    return ""
+
+
+def _checked(method: str, function: Callable[..., Any], rule: AnswerRule) -> Callable[..., Any]:
+    """The function; BackendError if it returns something that the rule does not accept.
+
+    What a function that only declares something raises is a BackendError too, unless it is the user's Ctrl-C.
+    """
+
+    def call(*args: Any, **options: Any) -> Any:
+        with _foreign(method) if rule.declares else nullcontext():
+            answer = function(*args, **options)
+        try:
+            accepted, why = rule.accepts(answer), ""
+        except Exception as error:  # of a hostile answer, or the name of a wrong field
+            accepted, why = False, f" ({describe_error(error)})"
+        if not accepted:
+            raise BackendError(f"{method} answered {describe_value(answer)}; valid: {rule.valid}{why}")
+        return answer
+
+    call.__wrapped__ = function  # type: ignore[attr-defined] # the signature is the function's
+    return call
+
+
+@contextmanager
+def _foreign(what: str) -> Iterator[None]:
+    """Make a BackendError of what a backend's code raises, also of SystemExit; the user's Ctrl-C passes."""
+    with Interrupts() as interrupts:
+        try:
+            yield
+        except (BackendError, DeviceLost):
+            raise
+        except BaseException as error:
+            if interrupts.came:
+                raise
+            raise BackendError(f"{what} raised {describe_error(error)}") from error
 
 
 # -- the registry -----------------------------------------------------------------------------------------------------
@@ -120,7 +192,8 @@ def load(spec: str) -> Backend:
         known = {b.name: b for b in installed()}
         if spec not in known:
             raise BackendError(
-                f"--backend {spec}: no such backend; known: {', '.join(known)}, or package.module:object"
+                f"--backend {spec}: no such backend{did_you_mean(spec, known)}; known: {', '.join(known)}, or "
+                "package.module:object"
             )
         return known[spec]
     _try(spec)
@@ -146,17 +219,36 @@ def _try(spec: str) -> None:
 
 
 def _import(spec: str) -> Backend:
-    module, _, attribute = spec.partition(":")
-    try:
-        loaded = getattr(importlib.import_module(module), attribute)
-    except AttributeError as error:
-        raise BackendError(f"--backend {spec}: module {module} has no {attribute!r}") from error
-    except Exception as error:  # another package's module may raise anything: the message names it
-        hint = "; run from where it can be imported" if getattr(error, "name", "") == module else ""
+    source = f"--backend {spec}"
+    loaded = _imported(source, *spec.partition(":")[::2])
+    if inspect.isclass(loaded):
+        with _foreign(f"{source}: creating it without arguments"):
+            loaded = loaded()
+    backend = as_backend(loaded, source)
+    own = f"{type(loaded).__module__}:{type(loaded).__qualname__}"
+    if BUILTIN.get(backend.name, spec) not in (spec, own):
         raise BackendError(
-            f"--backend {spec}: cannot import {module}: {type(error).__name__}: {error}{hint}"
-        ) from error
-    return as_backend(loaded() if inspect.isclass(loaded) else loaded, f"--backend {spec}")
+            f"{source}: name={backend.name!r} is that of {BUILTIN[backend.name]}; valid: a name that no built-in "
+            "backend has"
+        )
+    return backend
+
+
+def _imported(source: str, module: str, attribute: str) -> Any:
+    """The attribute of the module. BackendError if the import or the look-up raises anything."""
+    try:
+        with Interrupts() as interrupts:
+            found = importlib.import_module(module)
+    except BaseException as error:  # another package's module may raise anything: the message names it
+        if interrupts.came or isinstance(error, DeviceLost):
+            raise
+        hint = "; run from where it can be imported" if getattr(error, "name", "") == module else ""
+        raise BackendError(f"{source}: cannot import {module}: {describe_error(error)}{hint}") from error
+    try:
+        return getattr(found, attribute)
+    except AttributeError as error:
+        hint = did_you_mean(attribute, (name for name in dir(found) if not name.startswith("_")))
+        raise BackendError(f"{source}: module {module} has no {attribute!r}{hint}") from error
 
 
 _installed: list[Backend] = []
@@ -179,13 +271,18 @@ def forget() -> None:
 
 def select(specs: Iterable[str]) -> list[Backend]:
     """The backends that --backend names, or all installed ones."""
-    wanted = list(specs)
-    return [load(spec) for spec in wanted] if wanted else installed()
+    chosen = {spec: load(spec) for spec in specs}
+    first: dict[str, str] = {}
+    for spec, backend in chosen.items():
+        if first.setdefault(backend.name, spec) != spec and backend is not chosen[first[backend.name]]:
+            raise BackendError(f"--backend {spec}: name={backend.name!r} is that of {first[backend.name]} too")
+    return list(chosen.values()) or installed()
 
 
 # -- what a backend declares ------------------------------------------------------------------------------------------
 def unavailable(backend: Any, device: Device) -> str | None:
-    """None, or the one reason why this backend cannot run on this device here: "<keyword>: text"."""
+    """None, or the one reason why this backend cannot run on this device here: "<keyword>: text". BackendError if
+    available() raises or answers something else."""
     backend = as_backend(backend)
     if device.name not in backend.devices:
         return f"device: {backend.name} declares {', '.join(sorted(backend.devices))}"
@@ -201,17 +298,20 @@ def unavailable(backend: Any, device: Device) -> str | None:
 
 
 def unsupported(backend: Any, problem: Problem, device: Device) -> str | None:
-    """None, or the backend's declared reason. BackendError if that does not begin with a keyword of UNSUPPORTED."""
+    """None, or the backend's declared reason. BackendError if supports() raises or answers something else."""
     backend = as_backend(backend)
     if backend.supports is None:
         return None
-    takes_device = "device" in inspect.signature(backend.supports).parameters
-    reason = backend.supports(problem, device=device.name) if takes_device else backend.supports(problem)
-    if reason is not None and reason.partition(":")[0] not in UNSUPPORTED:
-        raise BackendError(
-            f"{backend.name}.supports() answered {reason!r}; a reason begins with one of: {', '.join(UNSUPPORTED)}"
-        )
-    return reason
+    if _takes(backend.supports, "device"):
+        return backend.supports(problem, device=device.name)
+    return backend.supports(problem)
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a callable without a readable signature
+        return False
 
 
 def takes_out(call: Callable[..., Any]) -> bool:

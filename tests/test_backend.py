@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from harness.backend import (
+    BUILTIN,
     FOLLOWS,
     Backend,
     BackendError,
@@ -15,6 +16,7 @@ from harness.backend import (
     installed,
     load,
     protocol_table,
+    select,
     unavailable,
     unsupported,
 )
@@ -92,8 +94,10 @@ def test_none_is_the_same_as_left_out():
 @pytest.mark.parametrize(
     ("attribute", "value", "valid"),
     [
-        ("name", "", "a string that is not empty"),
-        ("name", 7, "a string that is not empty"),
+        ("name", "", "a string of at most 80 letters, digits, and _ . + -"),
+        ("name", 7, "a string of at most 80 letters, digits, and _ . + -"),
+        ("name", "mine/../x", "a string of at most 80 letters, digits, and _ . + -"),
+        ("name", "a\n::error::", "a string of at most 80 letters, digits, and _ . + -"),
         ("devices", {"tpu"}, "a set of cpu, cuda, xpu"),
         ("devices", "cpu", "a set of cpu, cuda, xpu"),
         ("prepare", "me", "a method"),
@@ -115,6 +119,158 @@ def test_a_wrong_value_is_named_with_what_is_valid(module, attribute, value, val
     with pytest.raises(BackendError) as raised:
         load("made_up_backends:Mine")
     assert str(raised.value).startswith(f"--backend made_up_backends:Mine: {attribute}={value!r}; valid: {valid}")
+
+
+def broken(what):
+    """A function that raises SystemExit, as no `except Exception` catches it."""
+
+    def raises(*args):
+        raise SystemExit(what)
+
+    return raises
+
+
+@pytest.mark.parametrize(
+    ("mine", "said"),
+    [
+        ({"devices": None}, "devices=None (a set of cpu, cuda, xpu)"),
+        ({"__init__": lambda self, size: None}, "creating it without arguments raised TypeError: "),
+        ({"__init__": broken("no memory")}, "creating it without arguments raised SystemExit: no memory"),
+        ({"plans": property(broken("no plans"))}, "reading its attributes raised SystemExit: no plans"),
+        ({"devices": [[]]}, "devices=[[]]; valid: a set of cpu, cuda, xpu"),
+        ({"promises": {"eror"}}, "; did you mean 'errors'?"),
+        ({"follows": ["rebind"]}, "; did you mean 'rebinding'?"),
+        (
+            {"promise": {"errors"}},
+            "attribute 'promise', which is not of the protocol; did you mean 'promises'?",
+        ),
+        (
+            {"suports": broken("")},
+            "attribute 'suports', which is not of the protocol; did you mean 'supports'?",
+        ),
+        ({"plan": broken("")}, "attribute 'plan', which is not of the protocol; did you mean 'plans'?"),
+        ({"determinstic": True}, "'determinstic', which is not of the protocol; did you mean 'deterministic'?"),
+        (
+            {"name": "triton"},
+            "name='triton' is that of kernels.triton.backend:TritonMoE; valid: a name that no",
+        ),
+    ],
+)
+def test_a_class_that_breaks_the_protocol_is_an_error_in_one_line(module, mine, said):
+    module.Mine = type("Mine", (Least,), mine)
+    with pytest.raises(BackendError) as raised:
+        load("made_up_backends:Mine")
+    assert str(raised.value).startswith("--backend made_up_backends:Mine: ") and said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_helpers_of_ones_own_are_not_taken_for_misspelt_attributes(module):
+    class Mine(Least):
+        plan, _plans, router, interpreter = {"slot": "io"}, [], object(), "ipython"
+
+        def permute_rows(self): ...
+
+        def device(self): ...
+
+    module.Mine = Mine
+    assert load("made_up_backends:Mine").name == "least"
+
+
+def test_an_attribute_that_is_nearly_a_required_one_is_suggested(module):
+    module.Mine = type("Mine", (), {"names": "mine", "devices": {"cpu"}, "prepare": Least.prepare})
+    with pytest.raises(BackendError, match="it has no attribute 'name'; did you mean 'names'?"):
+        load("made_up_backends:Mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise SystemExit(3)", "cannot import hostile_module: SystemExit: 3"),
+        ("raise KeyboardInterrupt", "cannot import hostile_module: KeyboardInterrupt"),
+        ("import os\nos.no_such_thing", "cannot import hostile_module: AttributeError: module 'os' has no attribute"),
+        ("class Mein: ...", "module hostile_module has no 'Mine'; did you mean 'Mein'?"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch, text, said):
+    (tmp_path / "hostile_module.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hostile_module", raising=False)
+    with pytest.raises(BackendError) as raised:
+        load("hostile_module:Mine")
+    assert str(raised.value).startswith(f"--backend hostile_module:Mine: {said}")
+    sys.modules.pop("hostile_module", None)
+
+
+def test_two_backends_of_one_name_cannot_run_together(module):
+    module.Mine, module.Other = Least, type("Other", (Least,), {})
+    with pytest.raises(BackendError, match="--backend made_up_backends:Other: name='least' is that of made_up_back"):
+        select(["made_up_backends:Mine", "made_up_backends:Other"])
+    assert len(select(["made_up_backends:Mine", "made_up_backends:Mine"])) == 1
+
+
+def test_the_names_of_the_built_in_backends_are_their_own():
+    assert [backend.name for backend in installed()][: len(BUILTIN)] == list(BUILTIN)
+
+
+class Odd:
+    """No text can be made of it."""
+
+    def __repr__(self):
+        raise SystemExit
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "valid"),
+    [
+        ("supports", 7, "None, or text that begins with one of: dtype, quant, "),
+        ("supports", True, "None, or text that begins with one of: dtype, quant, "),
+        ("supports", "no keyword", "None, or text that begins with one of: dtype, quant, "),
+        ("available", 7, "None, or text"),
+        ("declares", [], "None, or text"),
+        ("plans", None, "a list of one or more rounding plans"),
+        ("plans", [], "a list of one or more rounding plans"),
+        ("plans", "x", "a list of one or more rounding plans"),
+        ("expected_launches", {"kernel"}, "(required, forbidden), two sets of strings"),
+        ("expected_launches", ("kernel", "other"), "(required, forbidden), two sets of strings"),
+        ("configurations", {"small": 7}, "a dict from names to dicts of keyword options"),
+        ("prepare", None, "a callable"),
+        ("route", 7, "(topk_weights, topk_ids)"),
+        ("stages", 7, "a dict from names of stages to tensors"),
+        ("make_scratch", None, "an object"),
+        ("permute", 7, "an object with tensors hidden_states, expert_first_token_offset, "),
+    ],
+)
+def test_a_wrong_answer_is_named_with_what_is_valid(method, answer, valid):
+    backend = as_backend(type("Mine", (Least,), {method: lambda self, *args: answer})())
+    with pytest.raises(BackendError) as raised:
+        getattr(backend, method)(PROBLEM)
+    assert str(raised.value).startswith(f"least.{method}() answered {answer!r}; valid: {valid}")
+
+
+def test_a_wrong_plan_and_an_answer_without_a_text_are_named():
+    backend = as_backend(type("Mine", (Least,), {"plans": lambda self, problem: [{"bad": 1}]})())
+    with pytest.raises(BackendError, match="unknown field 'bad'; valid fields: gate_up"):
+        backend.plans(PROBLEM)
+    backend = as_backend(type("Mine", (Least,), {"supports": lambda self, problem: Odd()})())
+    with pytest.raises(BackendError, match=r"answered <Odd: repr\(\) raised SystemExit>; valid: None, or text"):
+        unsupported(backend, PROBLEM, CPU)
+
+
+@pytest.mark.parametrize(
+    "method", ["supports", "available", "declares", "plans", "expected_launches", "configurations"]
+)
+def test_a_declaration_that_raises_is_an_error_that_names_it(method):
+    backend = as_backend(type("Mine", (Least,), {method: broken("no time")})())
+    with pytest.raises(BackendError, match=rf"^least\.{method}\(\) raised SystemExit: no time$"):
+        getattr(backend, method)(PROBLEM)
+
+
+def test_what_a_computation_raises_stays_as_it_is():
+    def route(self, logits):
+        raise ValueError("top_k is 0")
+
+    with pytest.raises(ValueError, match="^top_k is 0$"):
+        as_backend(type("Mine", (Least,), {"route": route})()).route(None)
 
 
 @pytest.mark.parametrize("attribute", ["name", "devices", "prepare"])

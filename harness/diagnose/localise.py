@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from harness.backend import as_backend
+from harness.base.raised import describe_error
 from harness.diagnose.patterns import runs
 from harness.inputs.draw import Inputs
 from harness.oracle.deviation import EPS_ACT
@@ -73,8 +74,10 @@ def localise(
     try:
         with Tracing():  # as in the call itself, unwritten memory is full of NaN
             seen = backend.stages(call, inputs.hidden_states, inputs.topk_weights, inputs.topk_ids)
-    except Exception as error:  # the kernel's own; the verdict does not need the replay
-        return "", f"not localised: the replay raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the kernel's own; the verdict does not need the replay
+        return "", f"not localised: the replay raised {describe_error(error)}"
     wrong = first_wrong({name: value.cpu() for name, value in seen.items()}, inputs, plan)
     same = "out" in seen and torch.equal(raw(decode(seen["out"].cpu())), raw(got.cpu()))
     again = "" if same else "; the replay returned another output than the call"

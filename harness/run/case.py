@@ -11,14 +11,14 @@ import fcntl
 import os
 import tempfile
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import backend as backends
-from harness.backend import Unsupported, as_backend
+from harness.backend import Backend, BackendError, Unsupported, as_backend
+from harness.base.interrupts import Interrupts
+from harness.base.raised import describe_error, format_error, modules_of, type_name
 from harness.device import Device, DeviceLost
 from harness.diagnose.failure import Failed
 from harness.inputs.sizes import batch_bytes, weight_bytes
@@ -35,48 +35,66 @@ ONE_AT_A_TIME = 4 * 2**30  #: bytes of weights from which only one process of a 
 def run_case(
     case: Case, backend: Any, device: Device, family: str = "", spec: str = "", observers: Iterable[Observer] = ()
 ) -> Verdict:
-    """The verdict on one case. An exception of a kernel is a verdict; DeviceLost means that nothing else can run here.
+    """The verdict on one case. Whatever a backend raises or answers is its verdict; DeviceLost means that nothing else
+    can run here. KeyboardInterrupt is the user's Ctrl-C alone.
 
     family, spec: for the record; spec is how --backend named the backend. observers: called with every judged output.
     """
     started, backend = time.perf_counter(), as_backend(backend)
     verdict = Verdict(str(case), backend.name, str(device), "passed", family, spec=spec)
-    if reason := why_not(case, backend, device):
-        verdict.status, verdict.reason = "unsupported", reason
-    else:
-        with _exclusive(case.problem, device):
-            _run(case, backend, device, observers, verdict)
+    with Interrupts() as interrupts:
+        _run(case, backend, device, observers, verdict)
+        if interrupts.came:
+            raise KeyboardInterrupt
     verdict.seconds = time.perf_counter() - started
     return verdict
 
 
-def _run(case: Case, backend: Any, device: Device, observers: Iterable[Observer], verdict: Verdict) -> None:
+def _run(case: Case, backend: Backend, device: Device, observers: Iterable[Observer], verdict: Verdict) -> None:
     """Run the case's scenario, and write what comes of it into the verdict."""
-    session = None
+    session = Session(case, backend, device, observers)
     try:
-        if reason := memory_shortfall(case.problem, device):
+        if reason := why_not(case, backend, device):
             raise Unsupported(reason)
-        session = Session(case, backend, device, observers)
-        run_scenario(session)
+        with _exclusive(case.problem, device):
+            if reason := memory_shortfall(case.problem, device):
+                raise Unsupported(reason)
+            run_scenario(session)
         if len(session.doubts) == len(session.judgements):  # every match was vacuous
             verdict.status, verdict.reason = "mistrusted", (session.doubts or ["no call was judged"])[0]
-    except Unsupported as reason:
-        verdict.status, verdict.reason = "unsupported", str(reason)
-    except Failed as failure:
-        report = failure.report
-        verdict.status, verdict.reason, verdict.report = "failed", report.summary, str(report)
-        verdict.error_map, verdict.cause, verdict.stage = report.error_map, report.cause, report.stage
-    except (DeviceLost, backends.BackendError, KeyboardInterrupt):
-        raise
-    except Exception as error:  # any exception of a kernel is its verdict, with the whole traceback
-        device.synchronize()
-        verdict.status, verdict.error_type = "crashed", type(error).__name__
-        verdict.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        verdict.report = traceback.format_exc()
-    if session is not None:
-        session.fill_in(verdict)
+    except BaseException as error:
+        _conclude(error, device, verdict)
+    session.fill_in(verdict)
     if not verdict.green:
         ORACLE_CACHE.forget()  # a backend that wrote to the shared tensors must not break the next one
+
+
+def _conclude(error: BaseException, device: Device, verdict: Verdict) -> None:
+    """Write the exception that ended the case into the verdict. DeviceLost is raised again."""
+    own = (list(modules_of(error)) or [""])[-1].partition(".")[0] == "harness"
+    if isinstance(error, DeviceLost) and own:
+        raise error
+    if isinstance(error, Unsupported) and own:
+        verdict.status, verdict.reason = "unsupported", str(error)
+        return
+    if isinstance(error, Failed) and own:
+        report = error.report
+        verdict.status, verdict.reason, verdict.report = "failed", report.summary, str(report)
+        verdict.error_map, verdict.cause, verdict.stage = report.error_map, report.cause, report.stage
+        return
+    device.synchronize()
+    raised = error.__cause__ if isinstance(error, BackendError) and error.__cause__ else error
+    verdict.status, verdict.error_type = "crashed", type_name(raised)
+    verdict.reason, verdict.report = _reason(error), format_error(error)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, BackendError):
+        return str(error)
+    # Not by an import: a kernel of production code may call pytest, the harness's own process need not have it.
+    of_pytest = any("_pytest.outcomes" == vars(base).get("__module__") for base in type.mro(type(error)))
+    decides = of_pytest or isinstance(error, (Unsupported, Failed, DeviceLost))
+    return describe_error(error) + (" (a backend may not decide its own verdict)" if decides else "")
 
 
 @contextmanager

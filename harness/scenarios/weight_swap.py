@@ -229,7 +229,7 @@ def threads(s: Session) -> None:
         ready.wait()
         try:
             outputs.append(call(inputs.hidden_states, inputs.topk_weights, inputs.topk_ids))
-        except Exception as error:  # the main thread raises it below
+        except BaseException as error:  # also SystemExit, which would end the thread without a word
             errors.append(error)
 
     racers = [threading.Thread(target=race) for _ in range(16)]

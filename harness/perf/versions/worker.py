@@ -189,7 +189,7 @@ def _find(spec: str) -> tuple[Backend, str]:
 
 
 def _declared() -> Iterator[str]:
-    yield from backends.BUILTIN
+    yield from backends.BUILTIN.values()
     for entry in importlib.metadata.entry_points(group=backends.ENTRY_POINTS):
         yield entry.value
 

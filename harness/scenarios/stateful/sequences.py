@@ -15,6 +15,7 @@ import torch
 
 from harness.backend import BackendError, Unsupported
 from harness.base.minimal import find_minimal, missing, pick
+from harness.base.raised import describe_error
 from harness.device import DeviceLost
 from harness.diagnose.failure import Failed
 from harness.diagnose.report import Report
@@ -142,10 +143,10 @@ def _failure(state: State, sequence: tuple[Any, ...]) -> Failed | Crashed | None
         report = failure.report
         details = ["", *_listed(done).splitlines(), "", *report.lines()]
         return Failed(Report(f"{_after(done)}: {report.summary}", details=details, error_map=report.error_map))
-    except (Unsupported, DeviceLost, BackendError):
+    except (Unsupported, DeviceLost, BackendError, KeyboardInterrupt):
         raise
-    except Exception as error:  # any exception of a kernel is the verdict of the shortest sequence
-        crash = Crashed(f"{_after(done)}: {type(error).__name__}: {error}\n{_listed(done)}")
+    except BaseException as error:  # any exception of a kernel is the verdict of the shortest sequence
+        crash = Crashed(f"{_after(done)}: {describe_error(error)}\n{_listed(done)}")
         crash.__cause__ = error
         return crash
     return None
