@@ -78,10 +78,10 @@ def report_unfinished(path: Path, words: Iterable[str]) -> int:
 def floor(args: argparse.Namespace) -> int:
     """Print a floor file. UserError: the results file holds no verdicts, or the last run on a device is not whole."""
     merged = merge([args.results])
-    for line in merged.remarks + merged.invalid:
+    for line in merged.remarks:
         print(f"moe-harness: {line}", file=sys.stderr)
-    if not merged.records:
-        raise UserError(f"{args.results}: holds no verdicts")
+    if merged.invalid or not merged.records:
+        raise UserError(next(iter(merged.invalid), f"{args.results}: holds no verdicts"))
     last = {str(record["device"]): str(record.get("run", "")) for record in merged.records}
     for run in merged.runs:
         if run.name in last.values() and not run.whole:

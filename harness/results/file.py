@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.base.errors import UserError
-from harness.base.text import number
+from harness.base.text import cut, number
 from harness.results.bounds import bounded
 from harness.results.verdict import REPORT
 
@@ -145,7 +145,7 @@ class Results(JsonLines):
         super().__init__(path)
         self.run = run or f"{now()} {os.getpid()}-{secrets.token_hex(3)}"
         self.common = {"run": self.run, "commit": begin.get("commit", "unknown")}
-        self.common |= {k: v for k in ("row", "shard") if (v := os.environ.get(f"MOE_HARNESS_{k.upper()}"))}
+        self.common |= {k: cut(v) for k in ("row", "shard") if (v := os.environ.get(f"MOE_HARNESS_{k.upper()}"))}
         self._planned = 0
         self._counts: Counter[str] = Counter()
         self._record("begin", {**bounded(begin), **({"continues": True} if run else {})})

@@ -65,7 +65,7 @@ VERDICT: dict[str, Type] = {
     "seconds": Number(least=0),
     "calls": COUNT,
     "trace": Fields(
-        {"launches": Listing(Text())} | dict.fromkeys(("operators", "allocations", "allocated_bytes"), COUNT)
+        {"launches": Listing(Text())} | dict.fromkeys(("operators", "allocations", "allocated_bytes"), ANY_NUMBER)
     ),
     "perf": Fields(
         dict.fromkeys(PERF, ANY_NUMBER)
@@ -145,7 +145,7 @@ OLD = Fields(
 def problem(record: dict[str, Any]) -> str:
     """What is wrong with a record, in one line; "" if nothing is."""
     version, kind = record.get("schema"), record.get("kind")
-    if type(version) not in (int, float) or version not in READABLE:
+    if not isinstance(version, (int, float)) or isinstance(version, bool) or version not in READABLE:
         return f"schema={shown(version)}: valid is 1 to {SCHEMA}; a later version of this program may read it"
     types = OLD if version < SCHEMA else TYPES.get(kind) if isinstance(kind, str) else None
     if types is None:
