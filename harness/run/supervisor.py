@@ -8,7 +8,6 @@ milliseconds; a GPU's driver does not survive a fork, so there it is spawned.
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 from harness.device import Device
 from harness.problem.case import Case
 from harness.results.verdict import Verdict
-from harness.run.worker import Start
+from harness.run.worker import Start, import_all
 from harness.run.worker_process import Task, WorkerProcess
 
 LIMIT = 120.0  #: seconds of a backend for one case
@@ -66,7 +65,7 @@ class Supervisor:
         if self._worker is None:
             self._previous = None
             if self._forks:
-                _import_all()
+                import_all()
             self._worker = WorkerProcess(self._start, self._loaded, self._forks)
         return self._worker
 
@@ -129,9 +128,3 @@ class Supervisor:
         reason = f"{first.reason}; alone in a new process the case is {again.status}. An earlier case of the process "
         reason += f"may be at fault: the last was {previous.case} on {previous.name}"
         return replace(first, reason=reason, report=f"{reason}\n{first.details}"), True
-
-
-def _import_all() -> None:
-    """Import what every case needs, once here and not in each forked worker: seconds, which would count as a case's."""
-    importlib.import_module("harness.run.case")
-    importlib.import_module("torch._dynamo")  # torch does so at the first call that is traced

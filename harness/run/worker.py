@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import importlib
 import json
 import mmap
 import os
@@ -85,6 +86,7 @@ def _serve(pipe: Connection, start: Start, loaded: dict[str, Any]) -> None:
     with start.progress.open("r+b") as file:
         PROGRESS.attach(mmap.mmap(file.fileno(), SIZE), lambda reason: _send(pipe, failed=reason))
     devices.start(set(start.devices))
+    import_all()
     if start.threads:
         torch.set_num_threads(start.threads)
     _send(pipe, ready=True)
@@ -104,6 +106,12 @@ def _serve(pipe: Connection, start: Start, loaded: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         _send(pipe, verdict=vars(verdict), retires=bool(alive))
+
+
+def import_all() -> None:
+    """Import what every case needs: seconds, which would count as the first case's, and once in each forked worker."""
+    importlib.import_module("harness.run.case")
+    importlib.import_module("torch._dynamo")  # torch does so at the first call that is traced
 
 
 def _verdict(task: dict[str, Any], backend: Any) -> Verdict:
