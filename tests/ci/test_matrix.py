@@ -12,9 +12,9 @@ from harness.base.processes import ROOT
 from harness.ci import matrix
 from harness.ci.matrix import MatrixError
 from harness.commands import matrix as command
-from harness.results.file import Results
 from harness.results.floor import read_floor
 from harness.results.verdict import Verdict
+from tests.support.results_files import write_run
 
 GOOD = 'runner = "r"\ndevice = "cpu"\nfloor = {triton = 2}\nminutes = 5\n'
 
@@ -166,6 +166,7 @@ def ran(monkeypatch):
     class Ran(list):
         code = 0
         records: list[dict] = []
+        ends = True
 
     found = Ran()
 
@@ -173,11 +174,8 @@ def ran(monkeypatch):
         found.append((words, env))
         for word in words:
             if word.startswith("--results="):
-                file = Results(Path(word.partition("=")[2]), {"commit": "abc"})
-                file.common |= {"row": env["MOE_HARNESS_ROW"]}
-                for record in found.records:
-                    file.append(record)
-                file.close()
+                monkeypatch.setenv(matrix.ROW, env[matrix.ROW])
+                write_run(Path(word.partition("=")[2]), found.records, end=found.ends)
         return subprocess.CompletedProcess(words, found.code)
 
     monkeypatch.setattr(command.subprocess, "run", run)
@@ -212,6 +210,14 @@ def test_a_row_that_is_run_whole_is_held_to_its_floor(rows, ran, tmp_path, capsy
     assert cli.main(["matrix", "a", "--results", str(tmp_path / "r.jsonl")]) == code
     assert not any("--shard" in word for word in ran[0][0])
     assert ("a, floor: triton executed 1 verdicts, at least 2 are due" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_run_that_is_not_whole_is_red_although_pytest_ended_with_0(rows, ran, tmp_path, capsys):
+    rows(f"[a]\n{GOOD}")
+    ran.records = [Verdict(f"t{n}-h64", "triton", "cpu", "passed").record() for n in range(2)]
+    ran.ends = False
+    assert cli.main(["matrix", "a", "--results", str(tmp_path / "r.jsonl")]) == 1
+    assert "r.jsonl: the run is not whole: it has no end: it was killed" in capsys.readouterr().out
 
 
 def test_a_signal_is_said_as_a_shell_would(rows, ran, tmp_path):

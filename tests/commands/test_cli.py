@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +18,10 @@ from harness.problem import families
 from harness.problem.case import DescriptorError
 from harness.problem.words import glossary
 from harness.results import known_failures
-from harness.results.file import Results, ResultsError
+from harness.results.file import ResultsError
 from harness.results.known_failures import LedgerError
 from harness.results.verdict import Verdict
+from tests.support.results_files import write_run
 
 CASE = "t4-h64-i64-e8-k2-bf16-limit7-kn-exact"
 
@@ -144,7 +146,7 @@ def test_run_emulates_an_absent_xpu_and_says_so(made_up, capsys):
         (["run", CASE, "--backend", "nobody"], "--backend nobody: no such backend; known: triton, "),
         (["run", CASE, "--backend", "triton", "--seeds", "0"], "argument --seeds: 0: must be an integer from 1 to "),
         (["list", "--family", "none"], "--family none: no such family; one of "),
-        (["floor", "none.jsonl"], "none.jsonl: No such file or directory"),
+        (["floor", "none.jsonl"], "none.jsonl: no such file, directory, or file of this pattern"),
         pytest.param(
             ["run", CASE, "--backend", "triton", "--device", "cuda"], "--device cuda: no CUDA device: ",
             marks=pytest.mark.skipif("cuda" in device.present(), reason="there is a CUDA device"),
@@ -217,7 +219,8 @@ def test_doctor():
 
 
 # -- verify and floor -------------------------------------------------------------------------------------------------
-def test_verify_is_one_pytest_a_device_and_gives_the_worst_code(monkeypatch, capsys):
+def test_verify_is_one_pytest_a_device_and_gives_the_worst_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     ran, codes = [], {"cpu": 0, "cuda": 1, "xpu": -11}
 
     def run(command, env):
@@ -237,11 +240,42 @@ def test_verify_is_one_pytest_a_device_and_gives_the_worst_code(monkeypatch, cap
 
 
 def test_floor_prints_a_file(tmp_path, capsys):
-    file = Results(tmp_path / "r.jsonl", {"commit": "abc"})
-    for _ in range(10):
-        file.append(Verdict(CASE, "triton", "cpu", "passed").record())
-    file.close()
-    with (tmp_path / "r.jsonl").open("a") as cut:
+    path = tmp_path / "r.jsonl"
+    records = [Verdict(CASE, "triton", "cpu", "passed", seconds=n).record() for n in range(10)]
+    write_run(path, [r | {"family": f"f{n}"} for n, r in enumerate(records)])
+    with path.open("a") as cut:
         cut.write('{"sch')
-    code, out, err = main(capsys, "floor", str(tmp_path / "r.jsonl"))
-    assert code == 0 and out.endswith("\n[cpu]\ntriton = 9\n") and "left out, the line is cut off" in err
+    code, out, err = main(capsys, "floor", str(path))
+    assert code == 0 and out.endswith("\n[cpu]\ntriton = 9\n") and "1 line cut off by a crash, left out" in err
+
+
+def test_a_floor_is_of_a_whole_run(tmp_path, capsys):
+    one, two = (Verdict(CASE, "triton", "cpu", "passed", family).record() for family in ("a", "b"))
+    write_run(tmp_path / "r.jsonl", [one], missing=[two], end=False)
+    code, _, err = main(capsys, "floor", str(tmp_path / "r.jsonl"))
+    assert code == 2 and "is not whole: it has no end: it was killed, or is still running" in err
+
+
+@pytest.mark.parametrize(
+    "end, missing, code, said",
+    [
+        (True, False, 0, ""),
+        (True, True, 1, "the run is not whole: 1 of 2 planned cases without a verdict"),
+        (False, False, 1, "the run is not whole: it has no end"),
+        (None, False, 1, "the run is not whole: results/"),
+    ],
+)
+def test_verify_is_red_if_the_run_is_not_whole(tmp_path, monkeypatch, capsys, end, missing, code, said):
+    one, two = (Verdict(CASE, "triton", "cpu", "passed", family).record() for family in ("a", "b"))
+
+    def run(command, env):
+        path = next(c for c in command if c.startswith("--results=")).partition("=")[2]
+        if end is not None:
+            write_run(Path(path), [one], missing=[two] * missing, end=end)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    found, out, _ = main(capsys, "verify", "--device", "cpu")
+    assert found == code and said in out and ("not whole" in out) == bool(said)
+    assert cli.main(["verify", "--device", "cpu", "--", "--collect-only"]) == 0  # runs nothing
