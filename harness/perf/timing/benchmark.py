@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 from harness import device as devices
-from harness.backend import BackendError
 from harness.device import Device, DeviceLost
 from harness.perf.timing.clock import NotTimed, Stopwatch
 from harness.perf.timing.compile_time import compiling
@@ -43,7 +42,7 @@ def run_timed(item: Any, fixture: Any) -> Verdict:
             verdict.perf |= {"compile_seconds": compiled.seconds, "kernels_compiled": compiled.kernels}
         except NotTimed as reason:
             verdict.status, verdict.reason = "unsupported", str(reason)
-        except (DeviceLost, BackendError):
+        except DeviceLost:
             raise
         except Exception as error:  # the case passed, and then raised
             verdict.status, verdict.reason = "crashed", f"when timed: {type(error).__name__}: {error}"
