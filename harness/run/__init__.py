@@ -1,5 +1,7 @@
 """One case, one verdict.
 
-`case.run_case` judges a case in this process, `isolated.IsolatedRunner` in another one; `fuzz.fuzz` looks for a case
-that fails; capabilities.py compares what a backend declares with what it does.
+`case.run_case` judges a case in this process; `supervisor.Supervisor` has a worker process (worker.py) judge it, and
+`isolated.IsolatedRunner` is a supervisor of one backend. leftovers.py finds threads and processes that a case leaves
+behind, globals.py what it changes in its process. `fuzz.fuzz` looks for a case that fails; capabilities.py compares what
+a backend declares with what it does.
 """
