@@ -15,7 +15,7 @@ from typing import Any
 SIZE = 24  #: bytes of shared memory: three float64
 
 
-class Progress:
+class CaseProgress:
     """Three numbers in memory that two processes may share: the case's start, finished and current work of the harness.
 
     All are in seconds of time.monotonic(), which every process of a machine reads alike; 0.0 is "not now".
@@ -63,6 +63,6 @@ class Progress:
         return max(0.0, now - started - own), own
 
 
-PROGRESS = Progress()  #: of this process: it runs one case at a time
+PROGRESS = CaseProgress()  #: of this process: it runs one case at a time
 # A backend may fork: its child must not write into the numbers of the case, nor report a failure of it.
 os.register_at_fork(after_in_child=lambda: PROGRESS.attach(bytearray(SIZE)))

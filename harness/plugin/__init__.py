@@ -12,7 +12,7 @@ chooses devices and makes items exactly as a single process does.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ def check(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     """Cut what a case printed in this process, and make it safe for the log of CI."""
     report = yield
     if "check" in getattr(item, "fixturenames", ()):

@@ -19,7 +19,7 @@ from harness.device import Device
 from harness.problem.case import Case
 from harness.results.verdict import Verdict
 from harness.run.worker import Start, import_all
-from harness.run.worker_process import Task, WorkerProcess
+from harness.run.worker_process import CaseTask, WorkerProcess
 
 LIMIT = 120.0  #: seconds of a backend for one case
 IN_A_ROW = 20  #: cases of a backend that end their worker, one after another, until the backend is stopped
@@ -46,7 +46,7 @@ class Supervisor:
         self._folder = tempfile.TemporaryDirectory(prefix="moe-harness-")
         self._start = Start(self._folder.name, tuple(device.name for device in devices), threads)
         self._worker: WorkerProcess | None = None
-        self._previous: Task | None = None  #: the last task of the worker, if it has had one
+        self._previous: CaseTask | None = None  #: the last task of the worker, if it has had one
         self._ended: Counter[str] = Counter()  #: cases in a row that ended the worker, by spec
 
     def __enter__(self) -> Supervisor:
@@ -83,7 +83,7 @@ class Supervisor:
         name: the backend's, for a verdict that the worker does not give; known: that the case ends its worker is a
         known failure, which does not count towards IN_A_ROW.
         """
-        task = Task(str(case), spec, device, family, name or spec)
+        task = CaseTask(str(case), spec, device, family, name or spec)
         if self._ended[spec] >= IN_A_ROW:
             return task.verdict("crashed", f"not run after {IN_A_ROW} crashes")
         verdict, ended, previous = self._ask(task)
@@ -95,7 +95,7 @@ class Supervisor:
             self._ended[spec] += 1
         return verdict
 
-    def _ask(self, task: Task) -> tuple[Verdict, bool, Task | None]:
+    def _ask(self, task: CaseTask) -> tuple[Verdict, bool, CaseTask | None]:
         """(the verdict, whether its case ended the worker, the task before it in the worker)."""
         worker = self.start()
         previous = self._previous
@@ -109,7 +109,7 @@ class Supervisor:
             self.renew()
         return verdict, ended, previous
 
-    def _second_opinion(self, task: Task, first: Verdict, previous: Task) -> tuple[Verdict, bool]:
+    def _second_opinion(self, task: CaseTask, first: Verdict, previous: CaseTask) -> tuple[Verdict, bool]:
         """(the verdict on a case that ended a worker in which others had run before, whether it ended the worker).
 
         If it does not end a new worker, the case before it is at fault if it can be shown, or else it is not known

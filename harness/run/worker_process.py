@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.base.processes import environment
-from harness.base.progress import SIZE, Progress
+from harness.base.progress import SIZE, CaseProgress
 from harness.device import Device
 from harness.results.verdict import Verdict
 from harness.run.worker import CLOSED, Start, serve
@@ -37,7 +37,7 @@ class RunnerError(Exception):
 
 
 @dataclass(frozen=True)
-class Task:
+class CaseTask:
     """One case on one backend, and what its verdict needs if the worker cannot give one."""
 
     case: str
@@ -68,7 +68,7 @@ class WorkerProcess:
         self._files = start = replace(start, path=tuple(sys.path))
         start.progress.write_bytes(bytes(SIZE))
         start.stacks.unlink(missing_ok=True)
-        self._progress = Progress()
+        self._progress = CaseProgress()
         with start.progress.open("r+b") as file:
             self._progress.attach(mmap.mmap(file.fileno(), SIZE))
         self._pipe, theirs = Pipe()
@@ -98,7 +98,7 @@ class WorkerProcess:
         self._pipe.send_bytes(json.dumps(asdict(self._files)).encode())
         return pid
 
-    def ask(self, task: Task, limit: float, outputs: Path | None) -> tuple[Verdict, bool]:
+    def ask(self, task: CaseTask, limit: float, outputs: Path | None) -> tuple[Verdict, bool]:
         """(the verdict, whether the case ended the worker or its device). RunnerError: the harness is wrong.
 
         limit: seconds of the backend, 0 for no limit; outputs: a directory for the whole of what a failing case prints.
@@ -176,7 +176,7 @@ class WorkerProcess:
                 time.sleep(0.01)
         return True
 
-    def _stop(self, task: Task, status: str, reason: str) -> Verdict:
+    def _stop(self, task: CaseTask, status: str, reason: str) -> Verdict:
         """The verdict on a case that must not go on: the worker's stacks are its report."""
         os.kill(self._pid, signal.SIGABRT)  # faulthandler writes all stacks, even while no Python runs
         self._wait(DUMPING)
@@ -184,7 +184,7 @@ class WorkerProcess:
             status, reason = "failed", f"{self._failed} (its diagnosis was ended: {reason})"
         return task.verdict(status, reason, self._with_stacks(reason))
 
-    def _gone(self, task: Task) -> Verdict:
+    def _gone(self, task: CaseTask) -> Verdict:
         """The verdict on a case whose worker has ended by itself, or has closed its pipe."""
         if not self._wait(DUMPING) or self._exitcode == CLOSED:
             reason = "the process closed the file descriptor of its pipe"

@@ -139,7 +139,7 @@ def test_only_the_time_of_the_backend_counts(monkeypatch):
 def test_own_time_is_counted_once_where_blocks_contain_one_another(monkeypatch):
     now = [10.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    found = progress.Progress()
+    found = progress.CaseProgress()
     found.start()
     now[0] += 1
     with found.own():
