@@ -6,7 +6,9 @@ A type raises ArgumentTypeError, and argparse puts the option's name before it: 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import stat
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
@@ -37,10 +39,7 @@ def number(least: float, most: float, above: bool = False) -> Callable[[str], fl
     """A type: a finite number from `least` to `most`; above: larger than `least`."""
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
+        value = float(text) if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?", text) else math.nan
         if least <= value <= most and not (above and value == least):
             return value
         between = f"above {least:.9g}, at most" if above else f"from {least:.9g} to"

@@ -19,7 +19,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         line = inert(" ".join(super().__str__().splitlines()))
-        return line if len(line) <= MOST else f"{line[: MOST // 2]} ... {line[-MOST // 2 :]}"
+        return line if len(line) <= MOST else f"{line[: MOST // 2]} ... {line[5 - MOST // 2 :]}"
 
 
 class _Short(reprlib.Repr):

@@ -98,11 +98,11 @@ def read(path: Path) -> Durations:
     tables = toml.read(path, MatrixError, where)
     if strange := set(tables) - {"mean", "slow"}:
         raise MatrixError(f"{where}: [{bare(min(strange))}]: the tables are [mean...] and [slow...]")
-    if not tables:
-        raise MatrixError(f"{where}: holds no durations; the tables are [mean...] and [slow...]")
     slow, means = tables.get("slow", {}), tables.get("mean", {})
     _check(where, "slow.DEVICE", slow, depth=2)
     _check(where, "mean.DEVICE.FAMILY", means, depth=3)
+    if not any(slow.values()) and not any(any(families.values()) for families in means.values()):
+        raise MatrixError(f"{where}: holds no durations; the tables are [mean...] and [slow...]")
     return Durations(slow, means)
 
 

@@ -85,7 +85,7 @@ def _row(name: str, table: Any, path: Path) -> MatrixRow:
         return MatrixError(f"{path.name}: [{bare(name)}] {bare(key)}={shown(table[key])}: {valid}")
 
     if not isinstance(table, dict):
-        raise MatrixError(f"{path.name}: {bare(name)}={shown(table)}: must be a table, [{name}]")
+        raise MatrixError(f"{path.name}: {bare(name)}={shown(table)}: must be a table, [{bare(name)}]")
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise MatrixError(
             f"{path.name}: [{bare(name)}]: a name is of a-z, 0-9, - and _, since files are named after it"

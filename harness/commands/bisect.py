@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import device as devices
-from harness.base.arguments import integer, writable_file
+from harness.base.arguments import integer, number, writable_file
 from harness.base.errors import UserError, bare
 from harness.base.processes import ROOT
 from harness.commands import parse_case
@@ -34,7 +34,9 @@ def register(add: Callable[..., Any]) -> None:
     sub.add_argument("--target", default="sm_90", help=f"of compiled metrics: {', '.join(TARGETS)}, ... (sm_90)")
     sub.add_argument("--repo", type=Path, metavar="DIR", help="another repository than this harness's own")
     sub.add_argument("--build", metavar="COMMAND", help="shell command run once in every commit's worktree")
-    sub.add_argument("--confidence", type=float, default=0.99, metavar="P", help="of a timed search's answer (0.99)")
+    sub.add_argument(
+        "--confidence", type=number(0.5, 1), default=0.99, metavar="P", help="of a timed search's answer (0.99)"
+    )
     sub.add_argument(
         "--budget", type=integer(0), metavar="N", help="most measurements (exact: none; timed: 300 paired runs)"
     )

@@ -20,6 +20,7 @@ from harness.base.suggest import did_you_mean
 from harness.device import DEVICES
 
 FLOOR = 0.98  #: of the bugs must be noticed
+LONGEST_WORD = 200
 ONE_IN = 6  #: entries that --part takes
 CONTROL_RUNS, CONTROL_RUNS_OF_PART = 2000, 200
 #: Seconds for a bug and for a case. A GPU compiles each kernel that it runs.
@@ -178,6 +179,8 @@ def _select(known: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
     words = list(words)
     selected: dict[str, Any] = {}
     for word in words:
+        if len(word) > LONGEST_WORD:
+            raise UserError(f"{bare(word)}: a name or pattern has at most {LONGEST_WORD} characters")
         matching = {name: bug for name, bug in known.items() if fnmatch(name, word) or fnmatch(bug.kind, word)}
         if not matching:
             kinds = sorted({bug.kind for bug in known.values()})

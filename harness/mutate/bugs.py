@@ -130,6 +130,8 @@ def read(directory: Path | None = None) -> dict[str, Bug]:
             if name in known:
                 raise BugError(f"{path.name}: {name}: {known[name].kind}.toml has an entry of that name")
             known[name] = _bug(path.stem, name, entry)
+    if not known:
+        raise BugError(f"{bare(directory or BUGS)}: holds no entry; an entry is a table [NAME] in a file *.toml")
     return known
 
 

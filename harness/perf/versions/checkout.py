@@ -23,9 +23,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from harness.base.errors import UserError
+from harness.base.errors import UserError, bare
 from harness.base.processes import ROOT
 
+LONGEST = 1000  #: characters of a ref
 WORKTREE = "worktree"  #: the word for the working tree with its uncommitted changes
 FROZEN = ("harness", "reference", "cases")  #: the packages that measure
 KINDS = ("unsupported", "incorrect", "crashed", "import", "died")
@@ -131,9 +132,10 @@ class Checkouts:
         """The full name of a commit; "worktree" for "worktree" and ".". Raises UserError if there is none."""
         if ref in (WORKTREE, "."):
             return WORKTREE
-        done = self.git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}") if not ref.startswith("-") else None
+        may_be = ref.isprintable() and len(ref) <= LONGEST and not ref.startswith("-")
+        done = self.git("rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}") if may_be else None
         if done is None or done.returncode:
-            raise UserError(f"{ref}: no commit, tag or branch of {self.repo}, nor the word {WORKTREE!r}")
+            raise UserError(f"{bare(ref)}: no commit, tag or branch of {self.repo}, nor the word {WORKTREE!r}")
         return done.stdout.strip()
 
     def git(self, *arguments: str) -> subprocess.CompletedProcess[str]:
