@@ -19,7 +19,7 @@ from typing import Any
 from harness.base.processes import environment
 from harness.base.progress import SIZE, CaseProgress
 from harness.device import Device
-from harness.results.verdict import Verdict
+from harness.results.verdict import OUTPUT, Verdict
 from harness.run.worker import CLOSED, Start, serve
 
 STARTING = 300.0  #: seconds for the imports of a spawned worker
@@ -28,7 +28,7 @@ DIAGNOSIS = 300.0  #: seconds after a failure for its diagnosis, which may call 
 STEP = 0.25  #: seconds between two looks at a silent worker
 DUMPING = 3.0  #: seconds for a worker that is ended to write where its threads are
 PRINTED = 2**30  #: bytes that a case may print
-SHOWN = 4000  #: bytes from the beginning and from the end of what a case printed, for its verdict
+SHOWN = OUTPUT // 2 - 100  #: bytes from the beginning and from the end of what a case printed, for its verdict
 MESSAGE = 2**28  #: bytes of a worker's message, at most
 
 
