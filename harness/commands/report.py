@@ -38,7 +38,7 @@ def report(args: argparse.Namespace) -> int:
     payload = data.payload(merged.records, merged.remarks, args.title, f"made {now()}", merged.problems)
     plain = [*merged.remarks, *payload["warnings"], *summary.totals(merged.records)]
     try:
-        args.out.write_text(page.render(payload, plain), encoding="utf-8")
+        args.out.write_text(page.render(payload, plain), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from error
     for warning in payload["warnings"][len(merged.problems) :]:

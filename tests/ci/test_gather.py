@@ -108,7 +108,7 @@ def test_nothing_at_all_is_red(go, tmp_path, rows, capsys):
     (tmp_path / "results").mkdir()
     code, lines = go("--plan", json.dumps(matrix.jobs(rows.values())))
     assert code == 1 and lines[-1] == "6 problems: 0 verdicts executed"
-    assert "no verdicts: nothing was tested" in lines
+    assert "no verdict was executed: nothing was tested" in lines
     assert gather.main([str(tmp_path / "results")]) == 2  # without a plan: nothing says what should be there
     assert "must have *.jsonl files" in capsys.readouterr().err
 
@@ -164,6 +164,13 @@ def test_a_run_that_was_killed_is_red_although_all_of_its_verdicts_are_green(wri
     code, lines = go()
     assert code == 1 and lines[-1] == "1 problem: 1 verdict executed"
     assert lines[-2].startswith("b, shard 1/1, run ") and "1 of 2 planned cases without a verdict" in lines[-2]
+
+
+def test_a_run_that_executed_nothing_is_red(write, go, monkeypatch):
+    path = write("b", "1/1", "unsupported", reason="quant: no")
+    path.write_text(path.read_text().replace('"row": "b", ', ""))
+    code, lines = go()
+    assert code == 1 and "no verdict was executed: nothing was tested" in lines
 
 
 def test_a_row_of_very_many_shards_is_one_line(write, go):
