@@ -2,6 +2,7 @@
 # make test     the project's own tests                       make lint   ruff and mypy
 # make structure  counts of each call and its machine code, against cases/structure.toml
 # make mutants  a part of the known bugs, put back into the kernels: the suite must notice each, and accuse no other
+# make faults   backends that crash, hang or lie, random kills, hostile files: nothing else may be lost (under 10 minutes)
 # make upstream kernels that others ship (vLLM's and transformers' on the CPU, vLLM's for Intel GPUs emulated), in .venv-upstream
 # make clean    remove all that these made, except results
 #
@@ -29,7 +30,7 @@ define PYTHON_IS_GOOD
 		{ echo "make: $(PYTHON) cannot make virtual environments; install its venv package (python3-venv)" >&2; exit 1; }
 endef
 
-.PHONY: verify test lint structure mutants upstream clean
+.PHONY: verify test lint structure mutants faults upstream clean
 
 verify: $(STAMP)
 	@$(BIN)/python -m harness verify
@@ -47,6 +48,9 @@ structure: $(STAMP)
 
 mutants: $(STAMP)
 	@$(BIN)/python -m harness mutate --part
+
+faults: $(STAMP)
+	@$(BIN)/python -m tests.reliability
 
 upstream: $(UPSTREAM_STAMP)
 	@mkdir -p results && rm -f results/upstream-*.jsonl

@@ -82,20 +82,21 @@ def faults(texts: list[str], chosen: Iterable[str], root: Path) -> list[ways.Cel
     broken = [name for name in LOADING if not texts or any(text in name for text in texts)]
     names = [name for name in named if FAULTS[name].group != BEYOND]
     single = {"plain": ways.plain, "run": ways.run, "fuzz": ways.fuzz}
-    jobs: list[Job] = []
+    cells: list[ways.Cell] = []
     for way in chosen:
+        started = time.monotonic()
+        jobs: list[Job] = [(ways.unloadable, what, way, root) for what in broken]
         if way in single:
             usable = [name for name in names if way == "plain" or FAULTS[name].group != litter.FILES]
             jobs += [(single[way], name, root) for name in usable]
-        jobs += [(ways.unloadable, what, way, root) for what in broken]
         if way == "plain":
             jobs += [(ways.beyond, name, root) for name in named if FAULTS[name].group == BEYOND]
-    cells: list[ways.Cell] = lanes(jobs)
-    for way in chosen:
+        cells += lanes(jobs)
         if way in ways.BATCHES:
             files = [name for name in names if FAULTS[name].group == litter.FILES]
             for group in ([name for name in names if name not in files], files):
                 cells += ways.batch(way, group, root) if group else []
+        progress(started, way)
     return cells
 
 

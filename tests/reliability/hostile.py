@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from harness.base.processes import ROOT
@@ -15,6 +16,8 @@ PATIENCE = 20.0  #: seconds until it is ended
 LOG = 100_000  #: characters of output, at most
 #: The commands that read results files; {} is the file.
 READERS = (["summary", "{}"], ["report", "{}", "--out", "{}.html"], ["floor", "{}"], ["matrix", "--durations", "{}"])
+#: The command that gives no verdict: it prints the durations of the cases that it can read.
+NO_VERDICT = "--durations"
 
 
 @dataclass
@@ -42,14 +45,14 @@ def part(i: int, n: int, root: Path) -> Hostile:
     from tests.support.hostile_results import hostile_results
 
     found = Hostile()
-    for name, data in list(hostile_results())[i::n]:
+    for name, data in islice(hostile_results(), i, None, n):
         found.files += 1
         for words in READERS:
             folder = _folder(root)
             (folder / "r.jsonl").write_bytes(data)
             found.commands += 1
             _ask(found, f"{words[0]} of the file {name!r}", [w.format(folder / "r.jsonl") for w in words], folder)
-    for hostile in list(hostile_inputs())[i::n]:
+    for hostile in islice(hostile_inputs(), i, None, n):
         found.inputs += 1
         folder = _folder(root)
         for file, content in hostile.files.items():
@@ -74,7 +77,7 @@ def _ask(found: Hostile, what: str, words: list[str], folder: Path) -> None:
     if ended.seconds > LIMIT:
         found.slow += 1
         wrong.append(f"{ended.seconds:.1f} s")
-    if ended.code == 0:
+    if ended.code == 0 and NO_VERDICT not in words:
         found.green += 1
         wrong.append("green")
     if ended.code < 0:

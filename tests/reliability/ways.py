@@ -141,7 +141,7 @@ def run(name: str, root: Path) -> Cell:
     ended = warm.command(warm.harness(words), folder, PATIENCE)
     cell = Cell(name, "run", code=ended.code)
     lines = [line for line in ended.text.splitlines() if line.startswith("{")]
-    recorded = Recorded(folder, {(at, "faulty"): json.loads(line) for line in lines})
+    recorded = Recorded(folder, {(at, "faulty"): json.loads(lines[-1])} if lines else {})
     judge(cell, FAULTS[name], recorded, at)
     if len(lines) != 1:
         cell.problems.append(f"{len(lines)} records, not 1: {tail(ended.text)}")
@@ -237,7 +237,6 @@ def batch(way: str, names: list[str], root: Path) -> list[Cell]:
     else:
         words = ["-m", "harness", "verify", "--device=cpu", "--jobs=2", *backends(), "--"]
         words += ["-m", "faults", f"--case-timeout={LIMIT_COLD}", CASES]
-    started = time.monotonic()
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *words], cwd=folder, env=environment() | {FOLDER: str(folder)}, stdout=log, stderr=log,
@@ -260,7 +259,6 @@ def batch(way: str, names: list[str], root: Path) -> list[Cell]:
     cells[0].problems += lost(recorded, list(rows), list(at.values()))
     cells[0].problems += ending(code, any_red(recorded) or files, recorded, folder)
     cells[0].problems += output_problems(text, late) + left_over(folder)
-    print(f"{way}: {len(rows) * 2} cases, {len(names)} faults, {time.monotonic() - started:.0f} s", flush=True)
     return cells
 
 
