@@ -96,7 +96,8 @@ def _run(row: MatrixRow, args: argparse.Namespace) -> int:
     variables = [f"{name}={shlex.quote(value)}" for name, value in matrix.variables(row, shard).items()]
     print(f"moe-harness: {' '.join(variables)} {shlex.join(['python3', *words[1:]])}", flush=True)
     returned = subprocess.run(words, env=environment() | matrix.variables(row, shard)).returncode
-    code = max(exit_code(returned), report_unfinished(path, args.pytest))
+    code = exit_code(returned)
+    code = max(code, report_unfinished(path, args.pytest, code))
     if returned < 0:
         return code
     if count > 1 or args.pytest:

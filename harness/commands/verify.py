@@ -45,7 +45,7 @@ def verify(args: argparse.Namespace) -> int:
         code = exit_code(subprocess.run(command, env=environment()).returncode)
         if code:
             print(f"moe-harness: {name}: pytest ended with {code}", flush=True)
-        codes.append(max(code, report_unfinished(path, args.pytest)))
+        codes.append(max(code, report_unfinished(path, args.pytest, code)))
     return max(codes)
 
 
@@ -61,10 +61,13 @@ def pytest_command(device: str, specs: list[str], jobs: int | None, more: list[s
     return [*command, str(ROOT / "cases"), *more], path
 
 
-def report_unfinished(path: Path, words: Iterable[str]) -> int:
-    """Print why the last run of a results file is not whole. Returns 1 then, else 0. words: those for pytest."""
-    if NO_RUN & set(words):
-        return 0
+def report_unfinished(path: Path, words: Iterable[str], code: int) -> int:
+    """Print why the last run of a results file is not whole. Returns 1 then, else 0.
+
+    words: those for pytest; code: its exit code.
+    """
+    if NO_RUN & set(words) or (code and not path.exists()):
+        return 0  # it runs nothing, or has said why it did not begin
     try:
         runs = merge([path]).runs
         problems = runs[-1].problems if runs else ["there is no run in it"]

@@ -101,7 +101,7 @@ class JsonLines:
     def finish(self) -> list[str]:
         """Close and verify the file. Returns a line if it lacks a record: all are in another file then, or lost.
 
-        Somebody may have deleted, replaced or truncated the file, or the disk may have been full.
+        The file may have been deleted, replaced or truncated meanwhile, or the disk may have been full.
         """
         self.close()
         if os.getpid() != self._process:

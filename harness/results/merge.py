@@ -68,11 +68,11 @@ def files(paths: Iterable[str | Path]) -> list[Path]:
             else:
                 here = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(text, recursive=True))]
                 valid = "no such file, directory, or file of this pattern"
-        except (OSError, ValueError) as error:
+            every |= {file.resolve(): file for file in here}
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
             raise ResultsError(f"{cut(text, 200)}: {getattr(error, 'strerror', None) or error}") from error
         if not here:
             raise ResultsError(f"{cut(text, 200)}: {valid}")
-        every |= {file.resolve(): file for file in here}
     return list(every.values())
 
 

@@ -158,7 +158,9 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(tmp_path):
     for path in (tmp_path, tmp_path / "pipe.jsonl", "/dev/zero"):
         with pytest.raises(ResultsError, match="(pipe.jsonl|/dev/zero): not a regular file"):
             merge([path])
-    for path in ("x" * 5000, "a\0b"):
+    (tmp_path / "circle").mkdir()
+    (tmp_path / "circle" / "r.jsonl").symlink_to("r.jsonl")
+    for path in ("x" * 5000, "a\0b", tmp_path / "circle", tmp_path / "circle" / "r.jsonl"):
         with pytest.raises(ResultsError):
             merge([path])
 
