@@ -108,7 +108,7 @@ class JsonLines:
             return []
         if self._failed:
             self._repeat()
-        missing = len(set(self._lines) - _lines_of(self.path))
+        missing = self._missing()
         if not missing:
             return []
         why = f" ({self._problem})" if self._problem else ""
@@ -117,6 +117,17 @@ class JsonLines:
             return [f"{lacks}; all records of this run are in {self._recover()}"]
         except OSError as error:
             return [f"{lacks}, and cannot be written elsewhere: {error.strerror}"]
+
+    def _missing(self) -> int:
+        """The number of our lines that the file does not have."""
+        missing = set(self._lines)
+        try:
+            with self.path.open("rb") as file:
+                for line in file:
+                    missing.discard(line)
+        except OSError:
+            pass  # deleted: all of them are missing
+        return len(missing)
 
     def _repeat(self) -> None:
         """Write the lines again that could not be written."""
@@ -260,12 +271,3 @@ def _lacks_newline(path: Path) -> bool:
             return False
         file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
-
-
-def _lines_of(path: Path) -> set[bytes]:
-    """The lines of a file; none if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return set(file)
-    except OSError:
-        return set()

@@ -14,6 +14,7 @@ from harness.results.verdict import FAILED, JUDGED
 
 LEGEND = "A cell: passed/failed+crashed+hung/mistrusted/unsupported, largest share of the error budget (above 1 fails)."
 LEGEND_KNOWN = "A fifth number: known failures (cases/ledger.toml), which failed as they are known to."
+LONG = 500  #: columns of a line that says how to make a backend run
 GAP = 3  #: spaces between two columns of the table
 
 
@@ -133,7 +134,7 @@ def not_run(records: list[Record]) -> list[str]:
 
 def unavailable(missing: Iterable[Missing]) -> list[str]:
     """One line for every backend that cannot run on a device."""
-    lines = [f"  {_at(m.backend, m.device)} missed {number(m.cases, 'case')}: {m.reason}" for m in missing]
+    lines = [cut(f"  {_at(m.backend, m.device)} missed {number(m.cases, 'case')}: {m.reason}", LONG) for m in missing]
     return ["Backends that cannot run here:", *lines] if lines else []
 
 

@@ -190,6 +190,20 @@ def test_the_share_of_the_roof():
     assert performance.roof_share(perf | {"ceilings": ceilings, "operand": "fp32"}) is None
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"floor_us": "inf"},
+        {"ceilings": {"copy_bytes_per_s": "nan", "flops_per_s": {"bf16": 1.0}}},
+        {"ceilings": {"copy_bytes_per_s": 1.0, "flops_per_s": {"bf16": "inf"}}},
+        {"ceilings": {"copy_bytes_per_s": 1.0, "flops_per_s": {"bf16": 0}}},
+        {"ceilings": {"copy_bytes_per_s": 1.0, "flops_per_s": {"bf16": 1.0}}, "bytes": "inf"},
+    ],
+)
+def test_a_roof_that_is_no_number_is_unknown(more):
+    assert performance.roof_share({"device_us": 10.0, "bytes": 4e6, "flops": 8e6, "operand": "bf16"} | more) is None
+
+
 @pytest.mark.parametrize("perf", ({}, None, {"device_us": 0}, {"device_us": float("nan")}, {"device_us": "fast"}))
 def test_a_record_without_a_time(perf):
     assert performance.timed(verdict(perf=perf)) is None

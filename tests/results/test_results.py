@@ -151,6 +151,11 @@ Results: x.jsonl"""
     )
 
 
+def test_why_a_backend_cannot_run_is_one_inert_line():
+    (line,) = summary.unavailable([Missing("mine", "cpu", "no\n::error::\x1b[2J" + "x" * 999, 2)])[1:]
+    assert line.startswith("  mine@cpu missed 2 cases: no ::error::\\x1b[2Jxxx") and len(line) == 500
+
+
 def test_nothing_ran_nothing_to_say():
     assert summary.render([]) == []
 
