@@ -63,21 +63,39 @@ def writable_file(text: str) -> Path:
 
     It catches a wrong path before hours of work; the disk may still be full at the end.
     """
-    path = Path(text)
+    mode = _mode(text)
+    if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
+        raise ArgumentTypeError(f"{bare(text)}: must be a file, new or writable")
+    return _writable(text, mode, "file")
+
+
+def folder(text: str) -> Path:
+    """A type: a directory that exists and can be written, or can be made. Nothing is made yet."""
+    mode = _mode(text)
+    if mode is not None and not stat.S_ISDIR(mode):
+        raise ArgumentTypeError(f"{bare(text)}: must be a directory, new or writable")
+    return _writable(text, mode, "directory")
+
+
+def _mode(text: str) -> int | None:
+    """The mode of what stands at a path; None if nothing does."""
     try:
-        mode = path.stat().st_mode
+        return Path(text).stat().st_mode
     except FileNotFoundError:
-        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-        if not folder.is_dir():
-            raise ArgumentTypeError(f"{bare(text)}: {bare(folder)} is no directory") from None
-        if path.is_symlink() or not os.access(folder, os.W_OK | os.X_OK):
-            raise ArgumentTypeError(f"{bare(text)}: must be a file that can be made") from None
-        return path
+        return None
     except (OSError, ValueError) as error:  # ValueError: a NUL in it
         raise ArgumentTypeError(f"{bare(text)}: {getattr(error, 'strerror', error)}") from error
-    if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)) or not os.access(path, os.W_OK):
-        what = "a directory" if stat.S_ISDIR(mode) else "not a file that can be written"
-        raise ArgumentTypeError(f"{bare(text)} is {what}; valid: a file, new or writable")
+
+
+def _writable(text: str, mode: int | None, what: str) -> Path:
+    path = Path(text)
+    if mode is not None:
+        ready = os.access(path, os.W_OK)
+    else:
+        nearest = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        ready = not path.is_symlink() and os.access(nearest, os.W_OK | os.X_OK)
+    if not ready:
+        raise ArgumentTypeError(f"{bare(text)}: must be a {what}, new or writable")
     return path
 
 

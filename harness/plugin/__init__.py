@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from harness import device as devices
-from harness.base.arguments import integer, seconds, writable_file
+from harness.base.arguments import folder, integer, seconds, writable_file
 from harness.base.errors import UserError
 from harness.base.text import shortened
 from harness.device import DEVICES
@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--continue", dest="continue_run", type=Path, metavar="RESULTS", help="go on with the last run of this file")
     add("--case-timeout", type=seconds, default=300, metavar="SECONDS", help="time limit of a case (300; 0: none)")
     add("--in-process", action="store_true", help="run cases in pytest's process: no case survives a crash of another")
-    add("--outputs", type=Path, metavar="DIR", help="keep the whole of what failing cases print, a file each")
+    add("--outputs", type=folder, metavar="DIR", help="keep the whole of what failing cases print, a file each")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads its options

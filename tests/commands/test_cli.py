@@ -12,6 +12,7 @@ from harness.backend import BackendError
 from harness.base.errors import UserError
 from harness.base.processes import ROOT
 from harness.ci.matrix import MatrixError
+from harness.commands import compare, mutate
 from harness.mutate.bugs import BugError
 from harness.perf.count.baseline_file import BaselineError
 from harness.problem import families
@@ -185,6 +186,33 @@ def test_a_wrong_descriptor_names_the_command_that_lists_them(capsys):
     for words in (["run", "t4-h64", "--backend", "triton"], ["compare", "HEAD", "HEAD", "t4-h64"]):
         code, _, err = main(capsys, *words)
         assert code == 2 and err.endswith("; those in use: python3 -m harness list --why\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rnu"], "argument COMMAND: rnu: no such word; did you mean 'run'?; see moe-harness --help"),
+        (["list", "--family", "layrs"], "--family layrs: no such family; did you mean 'layers'?; one of "),
+        (["matrix", "cpuu"], "cpuu: no such row; did you mean 'cpu'?; one of "),
+        (["mutate", "alinment"], "alinment: no entry of that name or pattern; did you mean 'alignment'?; classes: "),
+        (["run", CASE + "-swap.copi_", "--backend", "x"], f"{CASE}-swap.copi_: no scenario 'swap.copi_'; did you mean"),
+        (["run", CASE + "-nix.nix", "--backend", "x"], f"{CASE}-nix.nix: no scenario 'nix.nix'; valid: align.*, "),
+        (["run", CASE.replace("bf16", "bf17"), "--backend", "x"], f"'{CASE.replace('bf16', 'bf17')}': no field is "),
+    ],
+)  # fmt: skip
+def test_a_misspelt_word_is_suggested(capsys, words, message):
+    code, out, err = main(capsys, *words)
+    assert code == 2 and out == "" and err.startswith("moe-harness: " + message) and err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line():
+    words = [sys.executable, "-m", "harness", "list", "--grammar"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "moe-harness: the output: No space left on device\n")
+    for write in (lambda: compare._write(Path("/dev/full"), "a", "x"), lambda: mutate._write(Path("/dev/full"), "x")):
+        with pytest.raises(UserError, match="/dev/full: No space left on device"):
+            write()
 
 
 # -- list and doctor --------------------------------------------------------------------------------------------------

@@ -284,3 +284,8 @@ def test_the_paths_that_are_promised_are_in_the_baseline():
 def test_reading_names_the_file(tmp_path):
     with pytest.raises(BaselineError, match="none.toml: No such file"):
         read(tmp_path / "none.toml")
+
+
+def test_a_baseline_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(BaselineError, match="none/structure.toml: No such file or directory"):
+        baseline.write(tmp_path / "none" / "structure.toml", Baseline({}))

@@ -21,7 +21,7 @@ import torch
 
 from harness import backend as backends
 from harness.device import Device
-from harness.perf.count.baseline_file import Baseline, Block, render
+from harness.perf.count.baseline_file import Baseline, BaselineError, Block, render
 from harness.perf.count.compiled import compile_launches, configuration, kernel_name, read_configuration
 from harness.perf.count.differences import differences
 from harness.perf.count.structure import CallCounts, NotCorrect, NotMeasured, measure
@@ -188,8 +188,13 @@ def _compile(
 
 
 def write(path: Path, baseline: Baseline) -> None:
-    """Replace the file atomically: a reader sees the old or the new content."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        file.write(render(baseline))
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    """Replace the file atomically: a reader sees the old or the new content. BaselineError: it cannot be written."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
+        ) as file:
+            file.write(render(baseline))
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise BaselineError(f"{path}: {error.strerror}") from error
