@@ -104,10 +104,10 @@ def below_floor(row: MatrixRow, records: Iterable[Record]) -> list[str]:
 def problems(records: list[Record], due: dict[str, list[str]], rows: dict[str, MatrixRow]) -> list[str]:
     """Lines about what is wrong beside the verdicts: none, absent shards, rows below their floor, unknown rows."""
     lines = absent(due, records)
-    if all(r["status"] in NOT_EXECUTED for r in records):
-        lines.append("no verdict was executed: nothing was tested")
     for name in due:
         lines += below_floor(rows[name], records) if name in rows else [f"{name}: matrix.toml has no such row"]
+    if not lines and all(r["status"] in NOT_EXECUTED for r in records):
+        lines.append("no verdict was executed: nothing was tested")
     return lines
 
 

@@ -107,8 +107,7 @@ def test_a_plan_is_what_must_be_there(write, go, rows):
 def test_nothing_at_all_is_red(go, tmp_path, rows, capsys):
     (tmp_path / "results").mkdir()
     code, lines = go("--plan", json.dumps(matrix.jobs(rows.values())))
-    assert code == 1 and lines[-1] == "6 problems: 0 verdicts executed"
-    assert "no verdict was executed: nothing was tested" in lines
+    assert code == 1 and lines[-1] == "5 problems: 0 verdicts executed"
     assert gather.main([str(tmp_path / "results")]) == 2  # without a plan: nothing says what should be there
     assert "must have *.jsonl files" in capsys.readouterr().err
 
