@@ -24,6 +24,7 @@ from harness.diagnose.failure import Failed
 from harness.inputs.sizes import batch_bytes, weight_bytes
 from harness.problem.case import Case, Problem
 from harness.results.verdict import Verdict
+from harness.run.guard import Guard, accuse
 from harness.scenarios import run_scenario
 from harness.session.applies import why_not
 from harness.session.oracle_cache import ORACLE_CACHE, WHOLE
@@ -43,7 +44,13 @@ def run_case(
     started, backend = time.perf_counter(), as_backend(backend)
     verdict = Verdict(str(case), backend.name, str(device), "passed", family, spec=spec)
     with Interrupts() as interrupts:
-        _run(case, backend, device, observers, verdict)
+        guard = Guard()
+        try:
+            _run(case, backend, device, observers, verdict)
+        finally:
+            changed, notes = guard.changes()
+        accuse(verdict, changed)
+        verdict.notes += notes
         if interrupts.came:
             raise KeyboardInterrupt
     verdict.seconds = time.perf_counter() - started
