@@ -29,6 +29,15 @@ def _elsewhere() -> None:
     os.rmdir(path)
 
 
+def _inference_mode() -> None:
+    mode = torch.inference_mode()
+    mode.__enter__()
+    _KEPT.append(mode)  # it ends with its object
+
+
+_KEPT: list[Any] = []
+
+
 def _set(holder: Any, name: str, value: Any) -> Any:
     return lambda: setattr(holder, name, value)
 
@@ -40,7 +49,7 @@ for name, act in {
     "Python's random numbers": lambda: random.seed(7),
     "numpy's random numbers": lambda: numpy.random.seed(7),
     "grad mode": lambda: torch.set_grad_enabled(not torch.is_grad_enabled()),
-    "inference mode": lambda: torch.inference_mode().__enter__(),
+    "inference mode": _inference_mode,
     "autocast": lambda: torch.set_autocast_enabled("cpu", True),
     "deterministic algorithms": lambda: torch.use_deterministic_algorithms(True),
     "precision of matrix products": lambda: torch.set_float32_matmul_precision("medium"),
@@ -70,4 +79,5 @@ for name, act in {
     "the locale": lambda: locale.setlocale(locale.LC_ALL, "C"),
     "the umask": lambda: os.umask(0o777),
 }.items():
-    add(CHANGES, name, act, "failed")
+    # Its own output may be what the change breaks.
+    add(CHANGES, name, act, *(("failed", "crashed") if name == "autocast" else ("failed",)))
