@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,7 +42,7 @@ def register(add: Callable[..., Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if every verdict is green, otherwise 1; UserError if the arguments cannot be used, or the device is lost."""
+    """0 if every verdict is green, otherwise 1; UserError if the arguments cannot be used."""
     case = parse_case(args.descriptor)
     device = ready(args.device)
     backend = backends.load(args.backend)
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
                 else:
                     verdict = supervisor.run(seeded, args.backend, device, name=backend.name)
             except DeviceLost as error:
-                raise UserError(f"the device is lost: {error}") from error
+                print(f"moe-harness: the device is lost: {error}", file=sys.stderr)
+                return 1
             known = known_failures.covering(entries, seeded, backend.name, str(device))
             verdict.known = known_failures.explanation(verdict, known)
             record = verdict.record()

@@ -124,7 +124,7 @@ pytest_plugins = ["harness.plugin"]
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch):
-    monkeypatch.setattr("harness.plugin.verdicts.run_case", lambda case, backend, device, family="", spec="": Verdict(
+    monkeypatch.setattr("harness.run.case.run_case", lambda case, backend, device, family="", spec="": Verdict(
         str(case), backend.name, str(device), "passed", family, spec=spec))
 """
 TINY = """

@@ -35,7 +35,7 @@ def made_up(monkeypatch):
         def run(case, backend, device, family="", spec=""):
             return Verdict(str(case), backend.name, str(device), status, family, spec=spec, **more)
 
-        monkeypatch.setattr("harness.commands.run.run_case", run)
+        monkeypatch.setattr("harness.run.case.run_case", run)  # of the worker, which is a copy of this process
 
     return set_to
 
@@ -126,8 +126,11 @@ def test_run_says_when_the_device_is_lost(monkeypatch, capsys):
     def lost(*_, **__):
         raise device.DeviceLost("cuda does not answer any more")
 
+    monkeypatch.setattr("harness.run.case.run_case", lost)
+    code, out, _ = main(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    assert code == 1 and "\ncrashed: device lost: cuda does not answer any more\n" in out
     monkeypatch.setattr("harness.commands.run.run_case", lost)
-    code, _, err = main(capsys, "run", CASE, "--backend", "torch-grouped-mm")
+    code, _, err = main(capsys, "run", CASE, "--backend", "torch-grouped-mm", "--in-process")
     assert code == 1 and err == "moe-harness: the device is lost: cuda does not answer any more\n"
 
 

@@ -8,9 +8,7 @@ import sys
 from collections import Counter
 
 import pytest
-import torch._dynamo  # noqa: F401  pytester forgets what a run imports, and torch._dynamo cannot be imported twice
 
-import harness.run.case  # noqa: F401
 from harness import backend, device
 from harness.base.processes import ROOT
 from harness.device import Device

@@ -1,5 +1,9 @@
 """The text of a module of backends that compute nothing, for tests with made-up verdicts."""
 
+from harness.run.worker import import_all
+
+import_all()  # pytester forgets what a run imports, and torch._dynamo cannot be imported twice
+
 MINE = """
 import os
 
