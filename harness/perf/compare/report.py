@@ -78,14 +78,18 @@ def _cells(row: Comparison) -> list[str]:
 
 
 def _percent(share: float, sign: str = "") -> str:
-    """A share in percent, in at most six characters: tenths up to a thousand."""
-    return f"{100 * share:{sign}.{1 if abs(share) < 10 else 0}f}"
+    """A share in percent, in at most six characters: tenths up to a thousand, a power of ten from 100,000 on."""
+    if abs(share) >= 999:
+        return f"{100 * share:{sign}.0e}".replace("e+0", "e").replace("e+", "e")
+    return f"{100 * share:{sign}.{1 if abs(share) < 9.99 else 0}f}"
 
 
 def _value(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.1f} us" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.1f} us" if value < 1e6 else f"{value / 1e6:.4g} s"
+    return str(value)
 
 
 def total_lines(rows: list[Comparison], seconds: float) -> list[str]:
@@ -98,13 +102,13 @@ def total_lines(rows: list[Comparison], seconds: float) -> list[str]:
     limits = [row.detectable for row in rows if row.detectable is not None and row.outcome in (SAME, UNDECIDED)]
     if limits:
         lines.append(
-            f"In {len(limits)} timed as same or undecided, a change of {100 * max(limits):.1f} % would have been found "
+            f"In {len(limits)} timed as same or undecided, a change of {_percent(max(limits))} % would have been found "
             "with 80 % probability (finds: one by one)."
         )
     floors = [row.estimate.floor for row in rows if row.estimate]
     if floors:
         lines.append(
-            f"Noise floor, from BASE against itself: {100 * min(floors):.1f} to {100 * max(floors):.1f} %. Intervals: "
+            f"Noise floor, from BASE against itself: {_percent(min(floors))} to {_percent(max(floors))} %. Intervals: "
             "each bound holds with 95 %."
         )
     return lines
