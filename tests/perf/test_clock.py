@@ -15,6 +15,7 @@ from harness.perf.timing.clock import Clock, NotTimed, Stopwatch, rotations
 from harness.perf.timing.compile_time import compiling
 from harness.perf.timing.roofline import Ceilings, Work, ceilings, mean, operand, work
 from harness.problem.case import Case
+from harness.results.reader import read_results
 from harness.session.session import Session
 
 pytest_plugins = ["pytester"]
@@ -212,7 +213,7 @@ def test_a_time_is_reported_for_what_is_right_and_only_there(run, tmp_path):
     result = run("-m", "cpu and perf", f"--benchmark-json={found}", f"--results={file}")
     result.assert_outcomes(passed=1, failed=1, skipped=1)
     (only,) = json.loads(found.read_text())["benchmarks"]
-    right, wrong, not_timed = (json.loads(line) for line in file.read_text().splitlines())
+    right, wrong, not_timed = read_results(file).records
     assert wrong["perf"] == not_timed["perf"] == {}
     assert (not_timed["status"], not_timed["reason"]) == (
         "unsupported",

@@ -135,11 +135,13 @@ def test_a_wrong_ledger_ends_the_run_before_it_begins(suite):
     result.stderr.fnmatch_lines(["*--ledger ledger.toml: entry 1: because: no such field*"])
 
 
-def test_what_is_known_to_end_the_process_ends_one_of_its_own(suite):
-    made = suite(1)
-    text = ENTRY.replace("mine", "ends").replace("off by", "exit code 3") + 'status = "crashed"'
-    made.makefile(".toml", ledger=text)
-    result = run(made, "--ledger=ledger.toml", spec="mine:Ends")
+@pytest.mark.parametrize(("spec", "options"), [("mine:Mine", ()), ("mine:Ends", ("--in-process",))])
+def test_what_is_known_to_end_the_process_ends_one_of_its_own(suite, spec, options):
+    """Made up, it ends the worker; in one process it runs in a new interpreter, where the backend itself ends it."""
+    made = suite(6)
+    text = ENTRY.replace("mine", spec.partition(":")[2].lower()).replace("off by", "exit code 3")
+    made.makefile(".toml", ledger=text + 'status = "crashed"')
+    result = run(made, "--ledger=ledger.toml", *options, spec=spec)
     assert result.ret == 0 and result.parseoutcomes() == {"xfailed": 1}
 
 
