@@ -148,7 +148,7 @@ def _install() -> None:
     runtime = triton.knobs.runtime
     if (hooks := runtime.launch_enter_hook) is None:  # Triton 3.4 has one hook, or none; later ones have a chain
         runtime.launch_enter_hook = entered
-        _undo.append(lambda: setattr(runtime, "launch_enter_hook", None))
+        _undo.append(lambda: vars(runtime).pop("launch_enter_hook", None))  # the default is the class's
     else:
         hooks.add(entered)
         _undo.append(lambda: hooks.remove(entered))

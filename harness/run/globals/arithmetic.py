@@ -46,6 +46,7 @@ class _Generator:
 
 _MT19937 = 625 * 4  #: bytes of a Mersenne Twister: 624 words and the position
 _PYTHON: Any = random.getstate.__self__  # type: ignore[attr-defined]
+_NUMPY: Any = np.random.mtrand._rand
 
 
 def _python_memory() -> bytes:
@@ -53,7 +54,7 @@ def _python_memory() -> bytes:
 
 
 def _numpy_memory() -> bytes:
-    generator = np.random.get_bit_generator()
+    generator = _NUMPY._bit_generator
     if type(generator) is not np.random.MT19937:
         return repr(generator.state).encode()
     return ctypes.string_at(generator.ctypes.state_address, _MT19937)
@@ -168,23 +169,23 @@ def _set_print_options(options: dict[str, Any]) -> None:
 
 
 @cache
-def _knob_groups() -> dict[str, Any]:
-    """{name: group} of triton.knobs; its instance attributes are the values that were set."""
+def _knob_groups() -> list[tuple[str, dict[str, Any]]]:
+    """(name, the values that were set) of each group of triton.knobs: the attributes of its instance."""
     from triton import knobs
 
-    return {name: group for name, group in vars(knobs).items() if isinstance(group, knobs.base_knobs)}
+    return [(name, vars(group)) for name, group in vars(knobs).items() if isinstance(group, knobs.base_knobs)]
 
 
 def _knobs() -> dict[str, dict[str, Any]]:
     if "triton.knobs" not in sys.modules:
         return {}
-    return {name: values.copy() for name, group in _knob_groups().items() if (values := vars(group))}
+    return {name: values.copy() for name, values in _knob_groups() if values}
 
 
 def _set_knobs(before: dict[str, dict[str, Any]]) -> None:
-    for name, group in _knob_groups().items():
-        vars(group).clear()
-        vars(group).update(before.get(name, {}))
+    for name, values in _knob_groups():
+        values.clear()
+        values.update(before.get(name, {}))
 
 
 def _refuse(value: Any) -> None:

@@ -116,12 +116,11 @@ def _locale() -> str:
     return locale.setlocale(locale.LC_ALL)
 
 
-def _start_method() -> str | None:
-    return multiprocessing.get_start_method(allow_none=True)
+_CONTEXT: Any = multiprocessing.get_start_method.__self__  # type: ignore[attr-defined]
 
 
-def _set_start_method(method: str | None) -> None:
-    multiprocessing.set_start_method(method, force=True)
+def _set_start_method(context: Any) -> None:
+    _CONTEXT._actual_context = context
 
 
 def _hooks() -> list[Any]:
@@ -160,5 +159,5 @@ PROCESS = (
     Global("gc.isenabled()", gc.isenabled, lambda enabled: gc.enable() if enabled else gc.disable()),
     Global("gc.get_threshold()", gc.get_threshold, lambda values: gc.set_threshold(*values), by_import=True),
     Global("locale.setlocale()", _locale, lambda name: locale.setlocale(locale.LC_ALL, name), by_import=True),
-    Global("multiprocessing.get_start_method()", _start_method, _set_start_method, by_import=True),
+    Global("multiprocessing.get_start_method()", lambda: _CONTEXT._actual_context, _set_start_method, by_import=True),
 )
