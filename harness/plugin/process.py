@@ -28,6 +28,7 @@ from harness.results.continued import Continued
 from harness.results.continued import continued as continue_run
 from harness.results.verdict import Verdict
 from harness.run.supervisor import Supervisor
+from harness.scenarios import check_scenario
 
 #: `-p no:moe-harness-isolation` keeps one process, as --in-process does.
 ISOLATION = "moe-harness-isolation"
@@ -136,13 +137,14 @@ class Process:
                         self.missed[spec, str(device), reason] += selected
 
     def _cases(self, module: Any) -> dict[Case, list[Device]]:
-        """The cases of a family that --fill and --seed leave, each with its devices."""
+        """The cases of a family that --fill and --seed leave, each with its devices. DescriptorError: of a row."""
         option = self.config.option
         cases: dict[Case, list[Device]] = {}
         for device in self.selection.devices:
             for row in families.rows(module, device.on_cpu):
                 if option.fill and row.case.fill not in option.fill:
                     continue
+                check_scenario(row.case)
                 case = row.case if option.seed is None else row.case.change(seed=option.seed)
                 on = cases.setdefault(case, [])
                 if device not in on:

@@ -25,7 +25,7 @@ from harness.inputs.sizes import batch_bytes, weight_bytes
 from harness.problem.case import Case, Problem
 from harness.results.verdict import Verdict
 from harness.run.guard import Guard, accuse
-from harness.scenarios import run_scenario
+from harness.scenarios import check_scenario, run_scenario
 from harness.session.applies import why_not
 from harness.session.oracle_cache import ORACLE_CACHE, WHOLE
 from harness.session.session import Observer, Session
@@ -37,11 +37,12 @@ def run_case(
     case: Case, backend: Any, device: Device, family: str = "", spec: str = "", observers: Iterable[Observer] = ()
 ) -> Verdict:
     """The verdict on one case. Whatever a backend raises or answers is its verdict; DeviceLost means that nothing else
-    can run here. KeyboardInterrupt is the user's Ctrl-C alone.
+    can run here. KeyboardInterrupt is the user's Ctrl-C alone. DescriptorError: there is no such scenario.
 
     family, spec: for the record; spec is how --backend named the backend. observers: called with every judged output.
     """
     started, backend = time.perf_counter(), as_backend(backend)
+    check_scenario(case)
     verdict = Verdict(str(case), backend.name, str(device), "passed", family, spec=spec)
     with Interrupts() as interrupts:
         guard = Guard()

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from harness.backend import BackendError, Unsupported
 from harness.device import Device, DeviceLost
 from harness.diagnose.failure import Failed
 from harness.diagnose.report import Report
-from harness.problem.case import Case
+from harness.problem.case import Case, DescriptorError
 from harness.run.case import run_case
 from tests.support.emulated import Emulated
 
@@ -200,3 +201,8 @@ def test_where_sigint_is_ignored_no_ctrl_c_is_the_users():
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_unknown_scenario_is_an_error_of_the_caller_not_a_crash_of_the_backend():
+    with pytest.raises(DescriptorError, match="no scenario 'swap.copi_'; did you mean 'swap.copy_'"):
+        run_case(replace(CASE, scenario="swap.copi_"), Emulated(), CPU)
