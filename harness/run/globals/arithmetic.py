@@ -204,15 +204,15 @@ ARITHMETIC = (
     Global("torch.is_anomaly_enabled()", torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     Global(
         "torch.get_rng_state()", _Generator(_torch_memory, torch.get_rng_state),
-        lambda drawn: torch.set_rng_state(drawn.state), _another_state,
+        lambda drawn: torch.set_rng_state(drawn.state), _another_state, by_import=True,
     ),
     Global(
         "numpy.random.get_state()", _Generator(_numpy_memory, np.random.get_state),
-        lambda drawn: np.random.set_state(drawn.state), _another_state,
+        lambda drawn: np.random.set_state(drawn.state), _another_state, by_import=True,
     ),
     Global(
         "random.getstate()", _Generator(_python_memory, random.getstate), lambda drawn: random.setstate(drawn.state),
-        _another_state,
+        _another_state, by_import=True,
     ),
     Global("torch.cuda.get_rng_state()", _cuda_rng, _set_cuda_rng, _another_state, _same_if_known),
     Global(
@@ -231,5 +231,5 @@ ARITHMETIC = (
         "numpy.get_printoptions()", np.get_printoptions, lambda options: np.set_printoptions(**options), changed_keys
     ),
     Global("numpy.geterr()", np.geterr, lambda modes: np.seterr(**modes), changed_keys),
-    Global("triton.knobs", _knobs, _set_knobs, changed_keys),
+    Global("triton.knobs", _knobs, _set_knobs, changed_keys, by_import=True),
 )  # fmt: skip
