@@ -60,6 +60,15 @@ def test_a_descriptor_parses_back_to_the_same_case(case):
         ("t16-h256-i128-e8-k2-fp32-e4m3.block.group", "quantized weights go with bf16 or fp16"),
         ("t16-h256-i128-e8-k2-bf16-relu2-limit7", "no gate to clamp"),
         ("t16-h0-i128-e8-k2-bf16", "hidden_size=0: must be 1 or more"),
+        ("t16-h256-i128-e8-k2-bf17", "no field is written 'bf17'; did you mean 'bf16'[?]; tokens look like: t16, "),
+        ("t16-h256-i128-e8-k2-bf16-skewd", "no field is written 'skewd'; did you mean 'skewed'[?]"),
+        ("t16-h256-i128-e8-k2-bf16-e4m3.block.grp", "quant=e4m3.block.grp: .*; did you mean 'e4m3.block.group'[?]"),
+        ("t１６-h256-i128-e8-k2-bf16", "no field is written 't１６'"),
+        ("t2147483648-h256-i128-e8-k2-bf16", "tokens=2147483648: must be 0 or more, at most 2147483647"),
+        ("t16-h256-i128-e8-k2-bf16-s281474976710657", "seed=281474976710657: must be 0 or more, at most 2814"),
+        ("t16-h256-i128-e8-k2-bf16-limit1.2345678", "limit=1.2345678: must be positive, below 100000 and of at most 6"),
+        ("t" + "9" * 300 + "-h256-i128-e8-k2-bf16", "tokens='9{80}'... .300 characters.: must be 0 or more"),
+        ("-" * 10**6, ".1000000 characters.: a descriptor has at most 400 characters"),
     ],
 )
 def test_a_wrong_descriptor_names_the_token_and_what_is_valid(text, message):
