@@ -21,6 +21,8 @@ class Guard:
     """The globals at the moment of its creation."""
 
     def __init__(self, guarded: Sequence[Global] = GLOBALS) -> None:
+        import torch._dynamo  # noqa: F401 - Tracing's first use imports it, which would excuse changes of the first case
+
         self._guarded = guarded
         self._before = [each.read() for each in guarded]
         self._modules = len(sys.modules)
