@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from harness.base import table
+from harness.base.arguments import Parser, writable_file
 from harness.base.errors import UserError, shown
 from harness.base.text import cut, number
 from harness.ci import annotate, matrix
@@ -184,7 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `gather`."""
     parser.add_argument("results", nargs="*", metavar="RESULTS", help="results files, or directories of them")
     parser.add_argument("--plan", metavar="JSON", help="the jobs of the run, as `matrix --json` printed them")
-    parser.add_argument("--markdown", type=Path, metavar="PATH", help="append the summary to this file, too")
+    parser.add_argument("--markdown", type=writable_file, metavar="PATH", help="append the summary to this file, too")
 
 
 def gather(args: argparse.Namespace) -> int:
@@ -204,6 +205,7 @@ def gather(args: argparse.Namespace) -> int:
     pages += [Path(page)] if (page := os.environ.get("GITHUB_STEP_SUMMARY")) else []
     for page in pages:
         try:
+            page.parent.mkdir(parents=True, exist_ok=True)
             with page.open("a", encoding="utf-8") as file:
                 file.write(markdown(records, lines, wrong, merged.remarks))
         except OSError as error:
@@ -231,7 +233,7 @@ def _is_empty(path: Path) -> bool:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of `python3 -m harness.ci.gather`."""
-    parser = argparse.ArgumentParser("python3 -m harness.ci.gather", description="The results of many jobs, gathered.")
+    parser = Parser("python3 -m harness.ci.gather", description="The results of many jobs, gathered.")
     add_arguments(parser)
     return parser
 

@@ -156,6 +156,7 @@ def _default_path(device: Any) -> Path:
 
 def _write(path: Path, text: str) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--markdown {path}: {error.strerror}") from error

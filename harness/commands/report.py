@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness.base.arguments import writable_file
 from harness.base.errors import UserError
 from harness.base.text import number
 from harness.results import summary
@@ -19,7 +20,9 @@ def register(add: Callable[..., Any]) -> None:
     """Declare the command's arguments."""
     sub = add(report, "report", "One self-contained HTML file of any number of results files, from any machines.")
     sub.add_argument("results", nargs="+", metavar="RESULTS", help="a results file, a directory of them, or a pattern")
-    sub.add_argument("--out", type=Path, default=Path("report.html"), metavar="PATH", help="the page (report.html)")
+    sub.add_argument(
+        "--out", type=writable_file, default=Path("report.html"), metavar="PATH", help="the page (report.html)"
+    )
     sub.add_argument("--title", default="MoE kernels: verdicts", help="the page's title")
 
 
@@ -38,6 +41,7 @@ def report(args: argparse.Namespace) -> int:
     payload = data.payload(merged.records, merged.remarks, args.title, f"made {now()}", merged.problems)
     plain = [*merged.remarks, *payload["warnings"], *summary.totals(merged.records)]
     try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(page.render(payload, plain), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from error

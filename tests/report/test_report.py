@@ -280,7 +280,7 @@ def test_the_command_writes_one_page(tmp_path, capsys):
     [
         ("hello", "page.html", "no results file: line 1 begins 'hello'"),
         ("", "page.html", "no verdict in it that can be read"),
-        ("good", "no/such/page.html", "No such file or directory"),
+        ("good", "r.jsonl/page.html", "argument --out: "),
     ],
 )
 def test_what_the_command_cannot_do(tmp_path, capsys, content, out, said):

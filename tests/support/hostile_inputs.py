@@ -85,6 +85,8 @@ FILES = {
     ("mutate", "align-*"): ("--results",),
     ("mutate", "align-*", "--against", "all"): ("--markdown",),
     ("matrix", "cpu"): ("--results",),
+    ("summary", "{dir}"): ("--markdown",),
+    ("report", "{dir}"): ("--out",),
     ("bisect", GOOD, "--good", "HEAD", "--bad", "HEAD", "--backend", "triton"): ("--log",),
 }
 DESCRIPTORS = (
@@ -152,6 +154,10 @@ def _other_words() -> Iterator[HostileInput]:
         ["bisect", GOOD, "--good", "HEAD", "--bad", "HEAD", "--backend", "triton", "--target", "sm_９０"],
         ["bisect", GOOD, "--good", "HEAD", "--bad", "HEAD", "--backend", "triton", "--repo", "{dir}"],
         ["bisect", GOOD, "--good", "HEAD", "--bad", "HEAD", "--backend", "triton", "--metric", "lanches"],
+        ["summary", "--plan", "[" * 5000], ["summary", "--plan", "7"], ["summary", "--plan", "{}"],
+        ["summary", "/dev/zero"], ["floor", "/dev/zero"], ["floor", "{dir}"], ["floor", "a\0b"],
+        ["report", "/dev/zero"],
+        ["matrix", "--durations", "/dev/zero"], ["matrix", "--durations", "{dir}/none"],
         ["fuzz"], ["fuzz", "--backend", "nobody"], ["verify", "--device", "tpu"], ["verify", "--backend"],
     ):  # fmt: skip
         yield HostileInput(" ".join(word[:60] for word in words) or "no word", words)
