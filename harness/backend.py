@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -116,9 +117,9 @@ def as_backend(candidate: Any, source: str = "") -> Backend:
             values[name] = frozenset(value) if rule.is_set else value
         if hint := _misspelt_attribute(candidate, set(values)):
             raise BackendError(f"{source}: {hint}")
-    for name, rule in rules():
-        if rule.answer and name in values:
-            values[name] = _checked(f"{values['name']}.{name}()", values[name], rule.answer)
+        for name, rule in rules():
+            if rule.answer and name in values:
+                values[name] = _checked(f"{values['name']}.{name}()", values[name], rule.answer)
     return Backend(candidate, **values)
 
 
@@ -153,6 +154,7 @@ def _checked(method: str, function: Callable[..., Any], rule: AnswerRule) -> Cal
     What a function that only declares something raises is a BackendError too, unless it is the user's Ctrl-C.
     """
 
+    @wraps(function, updated=())
     def call(*args: Any, **options: Any) -> Any:
         with _foreign(method) if rule.declares else nullcontext():
             answer = function(*args, **options)
@@ -164,7 +166,6 @@ def _checked(method: str, function: Callable[..., Any], rule: AnswerRule) -> Cal
             raise BackendError(f"{method} answered {describe_value(answer)}; valid: {rule.valid}{why}")
         return answer
 
-    call.__wrapped__ = function  # type: ignore[attr-defined] # the signature is the function's
     return call
 
 
