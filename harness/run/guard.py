@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -17,12 +18,17 @@ from harness.run.globals import GLOBALS, Global
 OWN = {"harness", "reference", "cases", "tests", "__main__", "__mp_main__"}  #: packages whose import excuses nothing
 
 
+@cache
+def _import_lazy_parts() -> None:
+    """Import what torch's modes import at their first use, which would excuse what the first case changes."""
+    import torch._dynamo  # noqa: F401
+
+
 class Guard:
     """The globals at the moment of its creation."""
 
     def __init__(self, guarded: Sequence[Global] = GLOBALS) -> None:
-        import torch._dynamo  # noqa: F401 - Tracing's first use imports it, which would excuse changes of the first case
-
+        _import_lazy_parts()
         self._guarded = guarded
         self._before = [each.read() for each in guarded]
         self._modules = len(sys.modules)

@@ -113,7 +113,6 @@ CHANGES = {
     "os.environ": [lambda: os.environ.update(A_NEW_VARIABLE="1"), lambda: os.environ.pop("HOME")],
     "os.umask()": [lambda: os.umask(0o007)],
     "signal.getsignal()": [lambda: signal.signal(signal.SIGTERM, handle), lambda: signal.signal(signal.SIGINT, handle)],
-    "signal.pthread_sigmask()": [lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])],
     "signal.getitimer()": [lambda: signal.alarm(1000)],
     "warnings.filters": [lambda: warnings.simplefilter("error"), lambda: warnings.filters.clear(), catch],
     "sys.path": [lambda: sys.path.insert(0, "elsewhere"), lambda: sys.path.clear()],

@@ -169,21 +169,22 @@ def _set_print_options(options: dict[str, Any]) -> None:
 
 
 @cache
-def _knob_groups() -> list[tuple[str, dict[str, Any]]]:
-    """(name, the values that were set) of each group of triton.knobs: the attributes of its instance."""
+def _knob_groups() -> dict[str, dict[str, Any]]:
+    """{name: the values that were set} of each group of triton.knobs: the attributes of its instance."""
     from triton import knobs
 
-    return [(name, vars(group)) for name, group in vars(knobs).items() if isinstance(group, knobs.base_knobs)]
+    return {name: vars(group) for name, group in vars(knobs).items() if isinstance(group, knobs.base_knobs)}
 
 
 def _knobs() -> dict[str, dict[str, Any]]:
     if "triton.knobs" not in sys.modules:
         return {}
-    return {name: values.copy() for name, values in _knob_groups() if values}
+    groups = _knob_groups()
+    return {name: values.copy() for name, values in groups.items() if values} if any(groups.values()) else {}
 
 
 def _set_knobs(before: dict[str, dict[str, Any]]) -> None:
-    for name, values in _knob_groups():
+    for name, values in _knob_groups().items():
         values.clear()
         values.update(before.get(name, {}))
 

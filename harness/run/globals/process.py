@@ -20,9 +20,6 @@ _SIGNALS = tuple(int(number) for number in signal.Signals if number not in (sign
 _ITIMER_REAL = int(signal.ITIMER_REAL)
 
 
-_SIG_BLOCK = int(signal.SIG_BLOCK)
-
-
 def _cwd() -> str | None:
     try:
         return os.getcwd()
@@ -131,10 +128,6 @@ def _set_hooks(hooks: list[Any]) -> None:
     sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
 
 
-def _blocked() -> set[int]:
-    return _signal.pthread_sigmask(_SIG_BLOCK, ())
-
-
 def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
@@ -146,7 +139,6 @@ PROCESS = (
     Global("os.environ", _environment, _set_environment, changed_keys, by_import=True),
     Global("os.umask()", _umask, os.umask),
     Global("signal.getsignal()", _handlers, _set_handlers, _describe_handlers, by_import=True),
-    Global("signal.pthread_sigmask()", _blocked, lambda mask: signal.pthread_sigmask(signal.SIG_SETMASK, mask)),
     Global("signal.getitimer()", lambda: signal.getitimer(_ITIMER_REAL), _set_alarm, same=_same_alarm),
     Global("warnings.filters", _filters, _set_filters, _describe_filters, by_import=True),
     Global("sys.path", lambda: list(sys.path), _set_path, _describe_list, by_import=True),
