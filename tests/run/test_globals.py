@@ -106,8 +106,6 @@ CHANGES = {
     "torch.get_num_threads()": [torch_threads],
     "torch.set_flush_denormal()": [lambda: torch.set_flush_denormal(True)],
     "torch.set_printoptions()": [lambda: torch.set_printoptions(precision=2)],
-    "numpy.get_printoptions()": [lambda: np.set_printoptions(precision=2)],
-    "numpy.geterr()": [lambda: np.seterr(all="raise")],
     "triton.knobs": [knob],
     "os.getcwd()": [lambda: os.chdir("/"), into_a_deleted_directory],
     "os.environ": [lambda: os.environ.update(A_NEW_VARIABLE="1"), lambda: os.environ.pop("HOME")],

@@ -92,8 +92,6 @@ _PRECISIONS = [
     for backend, operator in (
         ("generic", "all"),
         ("cuda", "matmul"),
-        ("cuda", "conv"),
-        ("cuda", "rnn"),
         ("mkldnn", "matmul"),
     )
     if hasattr(_C, "_get_fp32_precision_getter")  # from torch 2.9 on
@@ -228,9 +226,5 @@ ARITHMETIC = (
     Global(
         "torch.set_printoptions()", lambda: dict(vars(torch._tensor_str.PRINT_OPTS)), _set_print_options, changed_keys
     ),
-    Global(
-        "numpy.get_printoptions()", np.get_printoptions, lambda options: np.set_printoptions(**options), changed_keys
-    ),
-    Global("numpy.geterr()", np.geterr, lambda modes: np.seterr(**modes), changed_keys),
     Global("triton.knobs", _knobs, _set_knobs, changed_keys, by_import=True),
 )  # fmt: skip

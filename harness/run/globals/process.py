@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _locale
 import _signal
 import gc
 import locale
@@ -11,12 +12,14 @@ import signal
 import sys
 import threading
 import warnings
+from functools import partial
 from typing import Any
 
 from harness.base.raised import describe_value, type_name
 from harness.run.globals.rule import Global, changed_keys, describe_change
 
-_SIGNALS = tuple(int(number) for number in signal.Signals if number not in (signal.SIGKILL, signal.SIGSTOP))
+#: All but those that have no handler, and real-time signals.
+_SIGNALS = tuple(int(n) for n in signal.Signals if n not in (signal.SIGKILL, signal.SIGSTOP) and n < 32)
 _ITIMER_REAL = int(signal.ITIMER_REAL)
 
 
@@ -109,10 +112,6 @@ def _set_path(path: list[str]) -> None:
     sys.path[:] = path
 
 
-def _locale() -> str:
-    return locale.setlocale(locale.LC_ALL)
-
-
 _CONTEXT: Any = multiprocessing.get_start_method.__self__  # type: ignore[attr-defined]
 
 
@@ -150,6 +149,11 @@ PROCESS = (
     Global("sys.excepthook, sys.unraisablehook, threading.excepthook", _hooks, _set_hooks, by_import=True),
     Global("gc.isenabled()", gc.isenabled, lambda enabled: gc.enable() if enabled else gc.disable()),
     Global("gc.get_threshold()", gc.get_threshold, lambda values: gc.set_threshold(*values), by_import=True),
-    Global("locale.setlocale()", _locale, lambda name: locale.setlocale(locale.LC_ALL, name), by_import=True),
+    Global(
+        "locale.setlocale()",
+        partial(_locale.setlocale, _locale.LC_ALL),
+        lambda name: locale.setlocale(locale.LC_ALL, name),
+        by_import=True,
+    ),
     Global("multiprocessing.get_start_method()", lambda: _CONTEXT._actual_context, _set_start_method, by_import=True),
 )
