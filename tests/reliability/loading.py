@@ -42,3 +42,11 @@ LOADING = {
     "the import reads a null pointer": "import ctypes\nctypes.string_at(0)\n",
     "the import is no Python": "def\n",
 }
+
+#: Those that `verify` tries: it starts pytest in a new process, which takes seconds, and says what that says.
+VERIFIED = (
+    "its class needs an argument",
+    "a misspelt promise",
+    "__init__ calls os._exit(0)",
+    "the import raises SystemExit(0)",
+)
