@@ -127,7 +127,7 @@ def test_a_commit_is_named_in_any_of_gits_ways(repo):
         assert {checkouts.resolve(name) for name in ("first", "main", "HEAD", head[:8])} == {head}
         assert checkouts.resolve("worktree") == checkouts.resolve(".") == "worktree"
         for strange in ("nix", "--all", ""):
-            with pytest.raises(UserError, match=f"^{strange}: no commit, tag or branch of .*theirs"):
+            with pytest.raises(UserError, match=f"^{strange or repr(strange)}: no commit, tag or branch of .*theirs"):
                 checkouts.resolve(strange)
         assert len(short(head)) == len(short("worktree"))
 

@@ -128,15 +128,16 @@ def test_every_field_of_the_grammar_is_drawn_within_the_budget():
             ["--backend", "tests.support.fuzzed:Right", "--seed", "-1"],
             "argument --seed: -1: must be an integer from 0 to ",
         ),
-        (
-            ["--backend", "tests.support.fuzzed:Gibberish"],
-            "--backend tests.support.fuzzed:Gibberish: harness.backend.BackendError: ",
-        ),
     ],
 )
 def test_wrong_arguments_are_one_line(capsys, arguments, message):
     code, _, err = run_fuzz(capsys, *arguments)
     assert code == 2 and err.startswith(f"moe-harness: {message}") and err.count("\n") == 1
+
+
+def test_a_declaration_that_breaks_the_protocol_is_found(capsys):
+    code, out, _ = run_fuzz(capsys, "--backend", "tests.support.fuzzed:Gibberish")
+    assert code == 1 and " crashed: fuzzed.supports() answered 'because'; valid: None, or text that begins" in out
 
 
 def test_without_hypothesis_the_command_says_so(capsys, monkeypatch):
