@@ -92,11 +92,14 @@ def faults(texts: list[str], chosen: Iterable[str], root: Path) -> list[ways.Cel
         if way == "plain":
             jobs += [(ways.beyond, name, root) for name in named if FAULTS[name].group == BEYOND]
         cells += lanes(jobs)
-        if way in ways.BATCHES:
-            files = [name for name in names if FAULTS[name].group == litter.FILES]
-            for group in ([name for name in names if name not in files], files):
-                cells += ways.batch(way, group, root) if group else []
         progress(started, way)
+    started = time.monotonic()
+    files = [name for name in names if FAULTS[name].group == litter.FILES]
+    groups = [group for group in ([name for name in names if name not in files], files) if group]
+    batches: list[Job] = [(ways.batch, way, group, root) for group in groups for way in chosen if way in ways.BATCHES]
+    if batches:
+        cells += [cell for batch in lanes(batches) for cell in batch]
+        progress(started, "all faults in one run")
     return cells
 
 
