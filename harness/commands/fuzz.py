@@ -10,7 +10,9 @@ from typing import Any
 
 from harness.base.arguments import MOST_SEED, integer, positive_seconds, seconds
 from harness.base.errors import UserError
+from harness.base.text import inert, shortened
 from harness.device import DEVICES, ready
+from harness.results.verdict import REASON, REPORT
 
 SIZES = {"K": 2**10, "M": 2**20, "G": 2**30}
 ON_CPU, ON_GPU = "1M", "256M"  #: bytes of weights and batch that one problem may take
@@ -76,7 +78,7 @@ def fuzz(args: argparse.Namespace) -> int:
             return 0
         print(f"nothing ran: {backend.name} supports none of these problems, or --seconds was too short")
         return 1
-    print("\n".join(_failure_lines(result, again)))
+    print("\n".join(map(inert, _failure_lines(result, again))))
     return 1
 
 
@@ -116,8 +118,8 @@ def _failure_lines(result: Any, again: str) -> list[str]:
     unrepeated = "it passed in a new process: the failure depends on the cases before it"
     return [
         "",
-        f"{verdict.case} {verdict.status}: {verdict.reason}",
-        *verdict.details.splitlines(),
+        f"{verdict.case} {verdict.status}: {shortened(verdict.reason, REASON)}",
+        *shortened(verdict.details, REPORT, REPORT // 4).splitlines(),
         *([] if result.every_time else [unrepeated]),
         "",
         f"found after {result.cases} problems, shrunk with {result.shrinking} more; to run this one again:",

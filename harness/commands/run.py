@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"--device xpu: {devices.why_absent('xpu')}; to be emulated, {backend.name} must set xpu_contract"
         )
+    if reason := backends.unavailable(backend, device):
+        raise UserError(f"--backend {args.backend} on {device}: {reason}")
     if device.emulated and not args.json:
         print("xpu is EMULATED on the CPU by Triton's interpreter, nothing runs on an XPU:", devices.why_absent("xpu"))
     entries = known_failures.read()

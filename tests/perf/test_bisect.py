@@ -327,7 +327,7 @@ def test_a_comparison_of_the_ends_that_the_budget_ends_is_not_no_change(ask):
         (["--good", "main~1", "--bad", "worktree"], "--bad worktree: a commit is needed"),
         (["--good", "main~1", "--bad", "main", "--budget", "1"], "--budget 1: "),
         (["--good", "main~1", "--bad", "main", "--metric", "device_us", "--budget", "8"], "--budget 8: "),
-        (["--good", "main~1", "--bad", "main", "--confidence", "1.5"], "--confidence 1.5: "),
+        (["--good", "main~1", "--bad", "main", "--confidence", "1.5"], "argument --confidence: 1.5: "),
         (["--good", "main~1", "--bad", "main", "--target", "sm_9"], "--target sm_9: "),
         (["--good", "main~1", "--bad", "main", "--repo", "/nonsense"], "--repo /nonsense: no such directory"),
     ],

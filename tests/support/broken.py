@@ -33,7 +33,7 @@ class Broken:
     """`inner` with the fault of that name. Every attribute but prepare() is the inner backend's."""
 
     def __init__(self, name: str, inner: Any) -> None:
-        self.name, self.inner, self.fault = f"{inner.name}!{name}", inner, FAULTS[name]
+        self.name, self.inner, self.fault = f"{inner.name}-{name}", inner, FAULTS[name]
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self.inner, attribute)

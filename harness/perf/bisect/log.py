@@ -63,8 +63,9 @@ class Log:
                 lines.append(_checked(json.loads(line)))
             except (ValueError, RecursionError):
                 self.cut += 1
-        if lines and lines[0] != header:
-            why = _difference(lines[0], header)
+        foreign = "\n" in text and "moe-harness-bisect" not in (lines or [{}])[0]  # more than a header that was cut
+        if foreign or (lines and lines[0] != header):
+            why = _difference((lines or [{}])[0], header)
             raise UserError(f"--log {self.path}: {why}; another file, or --restart to write over it")
         if text and not text.endswith("\n"):
             self._file.write("\n")
