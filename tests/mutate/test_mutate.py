@@ -169,8 +169,8 @@ def ran(tmp_path_factory):
     tiny_bugs.write(directory)
     done = command(directory, "--results=r.jsonl", "--limit=1", "--case-limit=8", "--control-runs=25", "--jobs=3")
     assert not done.stderr, done.stderr
-    records = [json.loads(line) for line in (directory / "r.jsonl").read_text().splitlines()]
-    return directory, done, {record["mutant"]: record for record in records if record["kind"] == "outcome"}
+    records = [json.loads(line)["outcome"] for line in (directory / "r.jsonl").read_text().splitlines()]
+    return directory, done, {record["mutant"]: record for record in records}
 
 
 @pytest.mark.parametrize(
