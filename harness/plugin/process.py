@@ -164,7 +164,7 @@ class Process:
         """The supervisor of this process's worker; made when it is first needed, once the backends are loaded."""
         if self._supervisor is None:
             self._supervisor = Supervisor(
-                self.selection.devices, self.config.option.case_timeout, threads=0, loaded=dict(self._backends),
+                self.selection.devices, self.config.option.case_timeout, threads=torch.get_num_threads(), loaded=dict(self._backends),
                 outputs=self.config.option.outputs, blame=self.blamed.append, forks=not self.in_process,
             )  # fmt: skip
         return self._supervisor
