@@ -8,6 +8,7 @@ from pathlib import Path
 from harness.base.text import inert
 
 MOST = 2000  #: characters of a message
+WORD, PATH = 80, 1000  #: characters of a word or value in a message, and of a path
 
 
 class UserError(Exception):
@@ -34,15 +35,15 @@ class _Short(reprlib.Repr):
 
 
 def shown(value: object) -> str:
-    """A wrong value as a literal, cut to about 80 characters."""
+    """A wrong value as a literal, cut to about 80 characters; a path, which must be found, to PATH."""
     if not isinstance(value, str | Path):
         return _Short().repr(value)
-    text = str(value)
-    return repr(text[:80]) if len(text) <= 80 else f"{text[:80]!r}... ({len(text)} characters)"
+    text, most = str(value), PATH if isinstance(value, Path) else WORD
+    return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text)} characters)"
 
 
 def bare(value: str | Path) -> str:
-    """A wrong word of a command or a name as it stands, cut to about 80 characters; a literal if it is not plain."""
-    text = str(value)
+    """A wrong word of a command or a path as it stands, cut as in `shown`; a literal if it is not plain."""
+    text, most = str(value), PATH if isinstance(value, Path) else WORD
     plain = text.isascii() and text.isprintable() and text == text.strip() != ""
-    return text if plain and len(text) <= 80 else shown(text)
+    return text if plain and len(text) <= most else shown(value)

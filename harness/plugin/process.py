@@ -163,9 +163,11 @@ class Process:
     def supervisor(self) -> Supervisor:
         """The supervisor of this process's worker; made when it is first needed, once the backends are loaded."""
         if self._supervisor is None:
+            option = self.config.option
             self._supervisor = Supervisor(
-                self.selection.devices, self.config.option.case_timeout, threads=torch.get_num_threads(), loaded=dict(self._backends),
-                outputs=self.config.option.outputs, blame=self.blamed.append, forks=not self.in_process,
+                self.selection.devices, option.case_timeout, threads=torch.get_num_threads(),
+                loaded=dict(self._backends), outputs=option.outputs, blame=self.blamed.append,
+                forks=not self.in_process,
             )  # fmt: skip
         return self._supervisor
 

@@ -187,11 +187,14 @@ def test_ctrl_c_of_the_user_ends_the_run_even_if_the_backend_catches_it(swallows
                     raise
             return super().run(*args, **kwargs)
 
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run_case(CASE, Interrupted(), CPU)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert verdict(raising(KeyboardInterrupt)).status == "crashed"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores SIGINT
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_case(CASE, Interrupted(), CPU)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert verdict(raising(KeyboardInterrupt)).status == "crashed"
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_where_sigint_is_ignored_no_ctrl_c_is_the_users():
