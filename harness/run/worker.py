@@ -7,6 +7,7 @@ JSON, which, unlike a pickle, runs no code in the process that reads it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import faulthandler
 import importlib
 import json
@@ -69,9 +70,9 @@ def serve(pipe: Connection, start: Start, loaded: Mapping[str, Any]) -> NoReturn
         _serve(pipe, start, dict(loaded))
     except EOFError:  # the supervisor has closed its end
         os._exit(0)
-    except OSError:  # a backend has closed our end
-        os._exit(CLOSED)
-    except BaseException:  # an error of the harness: the supervisor raises it
+    except BaseException as error:  # an error of the harness, which the supervisor raises
+        if isinstance(error, OSError) and error.errno == errno.EBADF:  # or a backend has closed our end
+            os._exit(CLOSED)
         _send(pipe, error=traceback.format_exc())
     os._exit(1)
 
@@ -103,8 +104,9 @@ def _serve(pipe: Connection, start: Start, loaded: dict[str, Any]) -> None:
         alive = leftovers.await_threads(threads)
         verdict.notes += [f"left the thread {name} behind, which was ended with its process" for name in alive]
         verdict.notes += leftovers.end_children(children)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if not stream.closed:
+                stream.flush()
         _send(pipe, verdict=vars(verdict), retires=bool(alive))
 
 
@@ -135,17 +137,23 @@ def _own_output(path: Path) -> int:
     """Make a file the standard output and error of this process, and return its descriptor; its input is empty."""
     output = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    _print_into(output)
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]
+    _open_streams()
+    _print_into(output)
+    return output
+
+
+def _open_streams() -> None:
     streams = [open(fd, "w", buffering=1, errors="backslashreplace", closefd=False) for fd in (1, 2)]
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
-    return output
 
 
 def _print_into(output: int) -> None:
     """Make file descriptors 1 and 2 write into a file, also after a backend has closed or replaced them."""
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if sys.stdout.closed or sys.stderr.closed:
+        _open_streams()
 
 
 def _detach() -> None:

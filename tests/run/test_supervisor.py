@@ -84,6 +84,11 @@ def test_what_a_failing_case_prints_is_cut_and_kept_whole_on_request(tmp_path):
         assert supervisor.run(CASE, SPEC, CPU).output == ""
 
 
+def test_streams_that_a_case_closes_are_open_for_the_next(supervisor):
+    assert supervisor.run(batch(14), SPEC, CPU).status == "passed"
+    assert "yyy" in supervisor.run(batch(11), SPEC, CPU).output
+
+
 def test_a_case_is_blamed_for_the_end_of_the_next_one():
     """Alone the next case passes; after this one it ends the process."""
     blamed = []
