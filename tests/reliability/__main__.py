@@ -36,7 +36,7 @@ def main(words: list[str]) -> int:
         "--fault", action="append", default=[], metavar="TEXT", help="only faults with TEXT in the name"
     )
     parser.add_argument("--way", action="append", choices=ways.WAYS, help="only this way to run (repeatable)")
-    parser.add_argument("--kills", type=int, default=1000, metavar="N", help="random kills (1000)")
+    parser.add_argument("--kills", type=int, default=300, metavar="N", help="random kills (300)")
     parser.add_argument("--turns", type=int, default=5, metavar="N", help="runs of each kind for the share (5)")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/reliability.md")
     args = parser.parse_args(words)

@@ -33,7 +33,8 @@ def measure(turns: int, root: Path) -> Share:
     for turn in range(turns + 1):
         for option, times in seconds.items():
             folder = new_folder(root, f"share {turn} {option}", {})
-            words = [CASES, "--device=cpu", f"--backend={BACKEND}", f"--results={folder / 'results.jsonl'}", "-q"]
+            words = [CASES, "--device=cpu", f"--backend={BACKEND}", f"--results={folder / 'results.jsonl'}"]
+            words += ["-q", "-k", "not threads"]  # torch's pool of threads does not survive the warm fork
             ended = warm.command(warm.pytest_run([*words, *filter(None, [option])]), folder, 300)
             assert ended.code == 0, ended.text
             if turn:
