@@ -1,10 +1,12 @@
-"""Child processes: the words and the environment that start pytest and other commands, and their exit codes."""
+"""Child processes: the words and the environment that start them, copies of this one, their ends and exit codes."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  #: the checkout
@@ -37,3 +39,24 @@ def workers(count: int | None = None) -> list[str]:
 def exit_code(code: int) -> int:
     """The return code of a process as a shell reports it: 128 + n for signal n."""
     return code if code >= 0 else 128 - code
+
+
+def fork() -> int:
+    """os.fork() without Python's warning of threads, which do not exist in the copy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILL for a process and for all of the group that it leads; it may have ended, or lead no group yet."""
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+
+def describe_exit(code: int) -> str:
+    """ "SIGSEGV", or "exit code 3"."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
-import warnings
 from collections.abc import Callable
+
+from harness.base.processes import describe_exit, fork, kill_group
 
 RETURNED = 79  #: exit code of a copy whose action returned or raised
 STEP = 0.005  #: seconds between two looks at the copy
@@ -17,9 +17,7 @@ def how_it_ends(action: Callable[[], object], seconds: float) -> str:
 
     seconds: until it counts as hanging. What it prints is lost.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which do not exist in the copy
-        pid = os.fork()
+    pid = fork()
     if pid == 0:
         _try(action)
     deadline = time.monotonic() + seconds
@@ -47,17 +45,11 @@ def _try(action: Callable[[], object]) -> None:
 
 
 def _ending(code: int) -> str:
-    if code == RETURNED:
-        return ""
-    return f"ends the process with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+    return "" if code == RETURNED else f"ends the process with {describe_exit(code)}"
 
 
 def _end_group(pid: int) -> None:
-    for kill in (os.killpg, os.kill):
-        try:
-            kill(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass  # it has ended
+    kill_group(pid)
     try:
         os.waitpid(pid, 0)
     except ChildProcessError:

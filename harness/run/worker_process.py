@@ -9,14 +9,13 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from harness.base.processes import environment
+from harness.base.processes import describe_exit, environment, fork, kill_group
 from harness.base.progress import SIZE, CaseProgress
 from harness.device import Device
 from harness.results.verdict import OUTPUT, Verdict
@@ -83,9 +82,7 @@ class WorkerProcess:
     def _fork(self, theirs: Connection, loaded: Mapping[str, Any]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which do not exist in the copy
-            pid = os.fork()
+        pid = fork()
         if pid == 0:
             self._pipe.close()  # or the worker would never see that the supervisor is gone
             serve(theirs, self._files, loaded)
@@ -121,11 +118,7 @@ class WorkerProcess:
 
     def end(self) -> None:
         """End the process and its children."""
-        for kill in (os.killpg, os.kill):
-            try:
-                kill(self._pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass  # it has ended, or does not lead a group yet
+        kill_group(self._pid)
         self._wait(None)
         self._pipe.close()
 
@@ -188,10 +181,8 @@ class WorkerProcess:
         """The verdict on a case whose worker has ended by itself, or has closed its pipe."""
         if not self._wait(DUMPING) or self._exitcode == CLOSED:
             reason = "the process closed the file descriptor of its pipe"
-        elif (code := self._exitcode or 0) < 0:
-            reason = f"the process ended with {signal.Signals(-code).name}"
         else:
-            reason = f"the process ended with exit code {code}"
+            reason = f"the process ended with {describe_exit(self._exitcode or 0)}"
         return task.verdict("crashed", reason, self._with_stacks(reason))
 
     def _with_stacks(self, reason: str) -> str:
