@@ -1,4 +1,4 @@
-"""The user's Ctrl-C, told from a KeyboardInterrupt that other code raises."""
+"""The user's Ctrl-C, distinguished from a KeyboardInterrupt that other code raises."""
 
 from __future__ import annotations
 

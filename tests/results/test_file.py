@@ -1,4 +1,4 @@
-"""results/file.py: what is written is there at the end, whatever happens to the file meanwhile."""
+"""results/file.py: every record is in the file at the end, or in another that the message names."""
 
 import json
 import os

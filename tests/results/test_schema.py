@@ -1,4 +1,4 @@
-"""results/schema.py and reader.py: one table of fields; whatever is in a file, it costs itself and is told."""
+"""results/schema.py and reader.py: one table of fields; a damaged record costs itself, and a line reports it."""
 
 import json
 import time
